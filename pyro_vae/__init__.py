@@ -1,0 +1,1 @@
+"""Variational autoencoders for people who write Pyro."""
