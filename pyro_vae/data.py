@@ -1,4 +1,4 @@
-"""The containers that data travels in: a `Split` is one array, a `Data` is train, valid and test."""
+"""The containers that data travels in: `Split`, one array; `Data`, train, valid and test."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ class PyroVAEError(Exception):
 
 
 class DataError(PyroVAEError, ValueError):
-    """Data that cannot be used: empty, not finite, unreadable, or of another kind than asked for."""
+    """Data that cannot be used: empty, not finite, unreadable, or not what was asked for."""
 
 
 class ShapeError(DataError):

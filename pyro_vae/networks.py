@@ -1,0 +1,215 @@
+"""Networks from vectors to vectors: what a likelihood or posterior is parametrised by.
+
+Every network maps `(..., in_features)` to `(..., out_features)` for any number of leading batch
+dimensions (data, particles, plates). Images travel as flat rows; the convolutional pair knows
+their shape. Any other `nn.Module` with the same habit serves in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.errors import ConfigError, ShapeError
+
+
+class Network(nn.Module):
+    """Base of the networks here: knows its sizes, checks its input, exposes its output bias.
+
+    Args:
+        in_features, out_features: sizes of the vectors.
+
+    Raises:
+        ShapeError: at call, when the last dimension of the input is not `in_features`.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"{type(self).__name__} takes vectors of {self.in_features} values, "
+                f"got an input of shape {tuple(x.shape)}"
+            )
+        return self.transform(x)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What the network computes, its input checked."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def set_output_bias(self, bias: Tensor) -> None:
+        """Make the output start around `bias`, `(out_features,)` or fewer leading ones."""
+        raise NotImplementedError
+
+
+class MLP(Network):
+    """Fully connected network with one activation after every hidden layer.
+
+    Args:
+        in_features, out_features: sizes of the vectors.
+        hidden: sizes of the hidden layers; none makes an affine map.
+        activation: the module class between layers. The default, tanh, is that of Kingma & Welling
+            2013 and Burda et al. 2015.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        activation: Callable[[], nn.Module] = nn.Tanh,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        sizes = [in_features, *hidden]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(sizes):
+            layers += [nn.Linear(fan_in, fan_out), activation()]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_features))
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    @torch.no_grad()
+    def set_output_bias(self, bias: Tensor) -> None:
+        _last_linear_bias(self.layers)[: len(bias)].copy_(bias)
+
+
+class GatedDense(nn.Module):
+    """An affine map times the sigmoid of another (Dauphin et al. 2017, eq. 1)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.value_and_gate = nn.Linear(in_features, 2 * out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.glu(self.value_and_gate(x), dim=-1)
+
+
+class GatedMLP(Network):
+    """Fully connected network of gated layers, as in Tomczak & Welling 2017."""
+
+    def __init__(self, in_features: int, hidden: Sequence[int], out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        sizes = [in_features, *hidden]
+        gated = [GatedDense(a, b) for a, b in pairwise(sizes)]
+        self.layers = nn.Sequential(*gated, nn.Linear(sizes[-1], out_features))
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    @torch.no_grad()
+    def set_output_bias(self, bias: Tensor) -> None:
+        _last_linear_bias(self.layers)[: len(bias)].copy_(bias)
+
+
+class ConvEncoder(Network):
+    """Images, as flat rows, to vectors: strided convolutions that halve the image, then affine.
+
+    Args:
+        image_shape: `(channels, height, width)`, or `(height, width)` for one channel.
+        channels: of the convolutions; each halves height and width (rounding up).
+        out_features: size of the output.
+    """
+
+    def __init__(
+        self, image_shape: Sequence[int], channels: Sequence[int], out_features: int
+    ) -> None:
+        shape = _with_channels(image_shape)
+        super().__init__(math.prod(shape), out_features)
+        sizes = [shape[0], *channels]
+        layers: list[nn.Module] = [nn.Unflatten(-1, shape)]
+        for a, b in pairwise(sizes):
+            layers += [nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1), nn.SiLU()]
+        (height, width), *_ = reversed(_halvings(shape[1:], len(channels)))
+        layers += [nn.Flatten(-3), nn.Linear(sizes[-1] * height * width, out_features)]
+        self.layers = nn.Sequential(*layers)
+
+    def transform(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        return self.layers(rows).reshape(*x.shape[:-1], self.out_features)
+
+
+class ConvDecoder(Network):
+    """Vectors to images, as flat rows: affine, then transposed convolutions that double the image.
+
+    Args:
+        in_features: size of the input.
+        channels: of the feature maps, coarse to fine; each step doubles height and width.
+        image_shape: `(channels, height, width)`, or `(height, width)` for one channel. A likelihood
+            that needs several outputs per value takes a multiple of the image's channels.
+    """
+
+    def __init__(
+        self, in_features: int, channels: Sequence[int], image_shape: Sequence[int]
+    ) -> None:
+        shape = _with_channels(image_shape)
+        super().__init__(in_features, math.prod(shape))
+        if not channels:
+            raise ConfigError("ConvDecoder needs at least one number of channels, got none")
+        self.image_shape = shape
+        sizes = list(reversed(_halvings(shape[1:], len(channels))))
+        (height, width), *finer = sizes
+        layers: list[nn.Module] = [
+            nn.Linear(in_features, channels[0] * height * width),
+            nn.Unflatten(-1, (channels[0], height, width)),
+        ]
+        targets = [*channels[1:], shape[0]]
+        for i, (a, b) in enumerate(zip(channels, targets, strict=True)):
+            # a doubled odd size comes out one too large: the kernel shrinks by that one
+            kernel = tuple(4 - (2 * sizes[i][d] - finer[i][d]) for d in range(2))
+            layers += [nn.SiLU(), nn.ConvTranspose2d(a, b, kernel, stride=2, padding=1)]  # type: ignore[arg-type]
+        self.layers = nn.Sequential(*layers)
+
+    def transform(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        return self.layers(rows).reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def set_output_bias(self, bias: Tensor) -> None:
+        """One bias a channel: the mean of the pixels' biases."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.ConvTranspose2d)
+        assert last.bias is not None
+        per_channel = bias.reshape(-1, math.prod(self.image_shape[1:])).mean(-1)
+        last.bias[: len(per_channel)].copy_(per_channel)
+
+
+def concatenate(x: Tensor, context: Tensor | None) -> Tensor:
+    """`x` and its context side by side, the context broadcast over `x`'s leading dimensions."""
+    if context is None:
+        return x
+    return torch.cat([x, context.expand(*x.shape[:-1], context.shape[-1])], dim=-1)
+
+
+def _with_channels(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(image_shape) == 2:
+        return (1, image_shape[0], image_shape[1])
+    if len(image_shape) == 3:
+        return (image_shape[0], image_shape[1], image_shape[2])
+    raise ConfigError(
+        f"an image shape is (height, width) or (channels, height, width), got {image_shape}"
+    )
+
+
+def _halvings(size: Sequence[int], times: int) -> list[tuple[int, int]]:
+    """Height and width before each of `times` halvings, and after the last."""
+    sizes = [(size[0], size[1])]
+    for _ in range(times):
+        height, width = sizes[-1]
+        sizes.append((-(-height // 2), -(-width // 2)))
+    return sizes
+
+
+def _last_linear_bias(layers: nn.Sequential) -> Tensor:
+    last = layers[-1]
+    assert isinstance(last, nn.Linear)
+    return last.bias

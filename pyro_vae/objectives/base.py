@@ -1,0 +1,116 @@
+"""What every objective shares: its terms, and Pyro's protocol for losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae import programs
+from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.programs import Pair, Run
+from pyro_vae.typing import Program
+
+Estimator = Literal["analytic", "monte_carlo"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an objective computed: its loss, and what the loss is made of.
+
+    Attributes:
+        loss: minus the bound, to be minimised; differentiable.
+        reconstruction: E_q[log p(x|z)], estimated at the draws.
+        kl: E_q[log q(z|x) - log p(z)], neither weighted nor held at free bits.
+        kl_per_dimension: the KL of each latent site by dimension of its event, `(latent,)`, for
+            sites whose prior and posterior both factorise over dimensions.
+        estimators: which KL estimator each latent site really used.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    kl_per_dimension: Mapping[str, Tensor] = field(default_factory=dict)
+    estimators: Mapping[str, Estimator] = field(default_factory=dict)
+
+
+class Objective(pyro.infer.ELBO):
+    """Base of the objectives.
+
+    Args:
+        num_particles: draws of the latent variables per datum, taken at once in an outermost plate.
+        max_plate_nesting: how many dimensions the program's own plates take; by default found by
+            one extra run at the first call that needs it.
+
+    Raises:
+        ConfigError: `num_particles` is less than 1.
+    """
+
+    def __init__(self, num_particles: int = 1, max_plate_nesting: float = float("inf")) -> None:
+        if num_particles < 1:
+            raise ConfigError(f"num_particles must be at least 1, got {num_particles}")
+        super().__init__(num_particles=num_particles)
+        self.max_plate_nesting = max_plate_nesting
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
+        """Evaluate the objective once and return every term of it.
+
+        Raises:
+            SiteError: a site of the program does not allow a correct estimate.
+        """
+        raise NotImplementedError
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Minus the bound, differentiable."""
+        return self.terms(model, guide, *args, **kwargs).loss
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound, as a number."""
+        with torch.no_grad():
+            return self.terms(model, guide, *args, **kwargs).loss.item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound, as a number; its gradient is added to the parameters' `.grad`."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _pair(self, model: Program, guide: Program, args: Sequence[Any], kwargs: Any) -> Pair:
+        if self.num_particles == 1 and not self._needs_plates:
+            return Pair(model, guide, args, kwargs)
+        if self.max_plate_nesting == float("inf"):
+            self.max_plate_nesting = programs.plate_nesting(model, guide, args, kwargs)
+        return Pair(model, guide, args, kwargs, self.num_particles, int(self.max_plate_nesting))
+
+    _needs_plates = False
+
+    def _get_trace(self, *_: Any) -> Any:
+        raise TypeError("this objective runs programs itself; call terms() or loss()")
+
+
+def check_reparametrized(run: Run) -> None:
+    """Raise where the guide's draws carry no gradient though its parameters want one.
+
+    Raises:
+        SiteError: the site is not reparametrised, or is marked for enumeration.
+    """
+    for name, site in run.guide.items():
+        if site["infer"].get("enumerate"):
+            raise SiteError(
+                f'guide site "{name}" is marked for enumeration, which this objective does not '
+                "sum over: use pyro.infer.TraceEnum_ELBO"
+            )
+        learned = torch.is_grad_enabled() and programs.log_prob(site).requires_grad
+        if learned and not site["fn"].has_rsample:
+            raise SiteError(
+                f'guide site "{name}" draws from {type(site["fn"]).__name__}, which has no '
+                "reparametrised sampler, so its gradient would be wrong: use a distribution with "
+                "rsample, or pyro.infer.TraceGraph_ELBO"
+            )

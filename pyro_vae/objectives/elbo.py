@@ -1,0 +1,201 @@
+"""The evidence lower bound, with an analytic or a Monte Carlo KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+from pyro_vae import programs
+from pyro_vae.errors import AnalyticKLError, ConfigError, SiteError
+from pyro_vae.objectives.base import Estimator, Objective, Terms, check_reparametrized
+from pyro_vae.programs import Run, Site
+from pyro_vae.typing import Program
+
+
+class ELBO(Objective):
+    """E_q[log p(x|z)] - w KL(q(z|x) || p(z)) (Kingma & Welling 2013, eq. 3).
+
+    With `kl="analytic"` the KL of each site is its closed form (their eq. 7), given the values of
+    the sites its distributions depend on. That has the right expectation exactly when no site's
+    prior depends on a latent that the guide draws later, which is checked by the order of the
+    sites, and when model and guide carry the same scale and mask there. A site that fails, or
+    has no closed form registered, is an error. With `kl="monte_carlo"` the KL is log q(z) - log
+    p(z) at the draws, as in Pyro's `Trace_ELBO`: right for any reparametrised guide. `kl="auto"`
+    takes the closed form where there is a valid one and Monte Carlo elsewhere; `Terms.estimators`
+    says which.
+
+    Args:
+        kl: `"analytic"`, `"monte_carlo"` or `"auto"`.
+        gradient: `"standard"`, or `"stl"`: "sticking the landing" drops the score of q from the
+            gradient of the Monte Carlo KL. Its expectation is unchanged, and its variance goes to
+            zero as q approaches the posterior (Roeder et al. 2017, eq. 7).
+        kl_weight: w, the beta of Higgins et al. 2017. May be 0, and may be changed between steps
+            (`objective.kl_weight = 0.3`); a tensor, so that a change never invalidates a compiled
+            step.
+        free_bits: lambda, in nats: each latent dimension's KL, averaged over the data of the call,
+            counts as at least this much (Kingma et al. 2016, eq. 15, one group a dimension).
+        num_particles, max_plate_nesting: see `Objective`.
+
+    Raises:
+        ConfigError: an argument is not as above, or `"stl"` is asked of an analytic KL.
+        AnalyticKLError: at call, where `kl="analytic"` asks for what does not exist.
+        SiteError: at call, where a guide site's draws carry no gradient, or where free bits are
+            asked of a KL that does not split into dimensions.
+    """
+
+    def __init__(
+        self,
+        kl: Literal["analytic", "monte_carlo", "auto"] = "analytic",
+        gradient: Literal["standard", "stl"] = "standard",
+        kl_weight: float = 1.0,
+        free_bits: float = 0.0,
+        num_particles: int = 1,
+        max_plate_nesting: float = float("inf"),
+    ) -> None:
+        if kl not in ("analytic", "monte_carlo", "auto"):
+            raise ConfigError(f'kl is "analytic", "monte_carlo" or "auto", got {kl!r}')
+        if gradient not in ("standard", "stl"):
+            raise ConfigError(f'gradient is "standard" or "stl", got {gradient!r}')
+        if gradient == "stl" and kl != "monte_carlo":
+            raise ConfigError(f'gradient="stl" is of the Monte Carlo KL, got kl={kl!r}')
+        if free_bits < 0:
+            raise ConfigError(f"free_bits must not be negative, got {free_bits}")
+        super().__init__(num_particles, max_plate_nesting)
+        self.kl = kl
+        self.gradient = gradient
+        self.free_bits = free_bits
+        self._kl_weight = torch.tensor(0.0, dtype=torch.float64)
+        self.kl_weight = kl_weight
+
+    @property
+    def kl_weight(self) -> Tensor:
+        """The weight w of the KL term, a tensor without dimensions."""
+        return self._kl_weight
+
+    @kl_weight.setter
+    def kl_weight(self, weight: float) -> None:
+        if not 0.0 <= weight < float("inf"):
+            raise ConfigError(f"kl_weight must be finite and not negative, got {weight}")
+        self._kl_weight.fill_(weight)
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
+        pair = self._pair(model, guide, args, kwargs)
+        run = pair.run()
+        check_reparametrized(run)
+        if self.gradient == "stl" and torch.is_grad_enabled():
+            run = Run(run.model, pair.sites_at(programs.frozen(guide), run.values))
+
+        reconstruction = self._total(run.observed)
+        auxiliary = self._total(run.auxiliary)
+        sites = {name: self._site_kl(name, run) for name, _ in run.latent}
+        kl = sum((site.values.sum() for site in sites.values()), auxiliary)
+        held = sum((self._hold(name, site) for name, site in sites.items()), auxiliary)
+        return Terms(
+            loss=self._kl_weight.to(held.dtype) * held - reconstruction,
+            reconstruction=reconstruction,
+            kl=kl,
+            kl_per_dimension={n: site.values for n, site in sites.items() if site.by_dimension},
+            estimators={name: site.estimator for name, site in sites.items()},
+        )
+
+    def _site_kl(self, name: str, run: Run) -> SiteKL:
+        q, p = run.guide[name], run.model[name]
+        if self.kl != "monte_carlo":
+            kl, obstacle = _analytic_kl(name, run)
+            if kl is not None:
+                return SiteKL(self._mean(p, programs.masked(p, kl)), _factors(q, p), "analytic", p)
+            if self.kl == "analytic":
+                raise AnalyticKLError(
+                    f'no analytic KL at site "{name}": {obstacle}. Ask for kl="auto" (Monte Carlo '
+                    'at such sites) or kl="monte_carlo"'
+                )
+        log_q, log_p = (
+            programs.masked(s, _log_prob_by_dimension(s, _factors(q, p))) for s in (q, p)
+        )
+        values = self._mean(q, log_q) - self._mean(p, log_p)
+        return SiteKL(values, _factors(q, p), "monte_carlo", p)
+
+    def _mean(self, site: Site, value: Tensor) -> Tensor:
+        """Scaled sum over the data, mean over the particles."""
+        return programs.scaled_sum(site, value) / self.num_particles
+
+    def _total(self, sites: Iterable[tuple[str, Site]]) -> Tensor:
+        return torch.as_tensor(sum(self._mean(s, programs.log_prob(s)) for _, s in sites))
+
+    def _hold(self, name: str, kl: SiteKL) -> Tensor:
+        """The site's KL with every dimension at its free bits or above."""
+        if self.free_bits == 0:
+            return kl.values.sum()
+        if not kl.by_dimension:
+            raise SiteError(
+                f'free bits are counted by dimension, and the KL at site "{name}" does not split '
+                "into dimensions: its prior or posterior does not factorise over them"
+            )
+        shape = kl.prior["fn"].batch_shape
+        num_data = self._mean(kl.prior, programs.masked(kl.prior, kl.values.new_ones(shape)))
+        return kl.values.clamp(min=self.free_bits * num_data).sum()
+
+
+class SiteKL(NamedTuple):
+    """The KL of one latent site: `values` by dimension, or one number where it does not split."""
+
+    values: Tensor
+    by_dimension: bool
+    estimator: Estimator
+    prior: Site
+
+
+def _analytic_kl(name: str, run: Run) -> tuple[Tensor | None, str]:
+    """KL(q || p) of a site, `(event or 1, *batch)`; or None, and what stands in the way."""
+    q, p = run.guide[name], run.model[name]
+    earlier_in_model = _before(name, [n for n, _ in run.latent])
+    drawn_later = earlier_in_model - _before(name, list(run.guide))
+    if drawn_later:
+        return None, (
+            f"its prior may depend on {sorted(drawn_later)}, which the guide draws later, "
+            "so the closed form would have the wrong expectation"
+        )
+    if not programs.same_scale(q, p):
+        return None, "model and guide carry different scales or masks there"
+    q_fn, p_fn = q["fn"], p["fn"]
+    if _factors(q, p):
+        q_fn, p_fn = q_fn.base_dist, p_fn.base_dist
+    if isinstance(q_fn, Delta):
+        return None, "the guide's distribution is a Delta, whose log-density is exact as it is"
+    try:
+        kl = kl_divergence(q_fn, p_fn)
+    except NotImplementedError:
+        names = f"{type(q_fn).__name__}, {type(p_fn).__name__}"
+        return None, f"no closed form is registered for ({names})"
+    return _dimension_first(kl, q, _factors(q, p)), ""
+
+
+def _log_prob_by_dimension(site: Site, by_dimension: bool) -> Tensor:
+    fn = site["fn"].base_dist if by_dimension else site["fn"]
+    value = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    return _dimension_first(value, site, by_dimension)
+
+
+def _dimension_first(value: Tensor, site: Site, by_dimension: bool) -> Tensor:
+    """`(*batch, *event)` to `(event, *batch)`: masks and scales then broadcast over the batch."""
+    if not by_dimension:
+        return value.unsqueeze(0)
+    return value.flatten(-len(site["fn"].event_shape)).movedim(-1, 0)
+
+
+def _factors(q: Site, p: Site) -> bool:
+    """Whether both distributions are products over the same dimensions."""
+    both = (q["fn"], p["fn"])
+    return all(isinstance(fn, Independent) for fn in both) and all(
+        fn.reinterpreted_batch_ndims == len(fn.event_shape) == len(q["fn"].event_shape)
+        for fn in both
+    )
+
+
+def _before(name: str, order: list[str]) -> set[str]:
+    return set(order[: order.index(name)])

@@ -1,0 +1,253 @@
+"""Any Pyro (model, guide), run once and taken apart site by site.
+
+Objectives and evaluators see a program only through what is here, so they serve every pair of
+callables, not only this library's `VAE`. All log-densities are in nats.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match
+from torch import Tensor, nn
+
+from pyro_vae.errors import SiteError
+from pyro_vae.typing import Program
+
+Site = dict[str, Any]
+PARTICLES = "num_particles_vectorized"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One joint run: the guide's sites, and the model's with the guide's values in place."""
+
+    model: Mapping[str, Site]
+    guide: Mapping[str, Site]
+
+    @property
+    def observed(self) -> Iterator[tuple[str, Site]]:
+        """The model's observed sites."""
+        return ((name, site) for name, site in self.model.items() if site["is_observed"])
+
+    @property
+    def latent(self) -> Iterator[tuple[str, Site]]:
+        """The model's latent sites."""
+        return ((name, site) for name, site in self.model.items() if not site["is_observed"])
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The guide's draws."""
+        return {name: site["value"] for name, site in self.guide.items()}
+
+    @property
+    def auxiliary(self) -> Iterator[tuple[str, Site]]:
+        """The guide's sites that the model lacks (an AutoGuide's unconstrained values)."""
+        return ((name, site) for name, site in self.guide.items() if name not in self.model)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a guide with their arguments, run for several particles at once.
+
+    Attributes:
+        num_particles: draws at once, in an outermost plate left of `nesting` dimensions of others.
+    """
+
+    model: Program
+    guide: Program
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    num_particles: int = 1
+    nesting: int = 0
+
+    def run(self) -> Run:
+        """Draw from the guide and replay the model at the draws.
+
+        Raises:
+            SiteError: a latent site of the model has no counterpart in the guide.
+        """
+        guide_trace = poutine.trace(self._vectorized(self.guide)).get_trace(
+            *self.args, **self.kwargs
+        )
+        model_trace = poutine.trace(
+            poutine.replay(self._vectorized(self.model), trace=guide_trace)
+        ).get_trace(*self.args, **self.kwargs)
+        run = Run(_sample_sites(model_trace), _sample_sites(guide_trace))
+        for name, _ in run.latent:
+            if name not in run.guide:
+                raise SiteError(
+                    f'the model\'s latent site "{name}" is missing from the guide, whose sites '
+                    f"are {sorted(run.guide)}: sample it there, or observe it in the model"
+                )
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace)
+        return run
+
+    def sites_at(self, program: Program, values: Mapping[str, Tensor]) -> dict[str, Site]:
+        """The sample sites of a program run at the given values instead of draws of its own."""
+        with substitute(values):
+            trace = poutine.trace(self._vectorized(program)).get_trace(*self.args, **self.kwargs)
+        return _sample_sites(trace)
+
+    def _vectorized(self, program: Program) -> Program:
+        if self.num_particles == 1:
+            return program
+        return pyro.plate(PARTICLES, self.num_particles, dim=-1 - self.nesting)(program)
+
+
+def plate_nesting(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> int:
+    """How many dimensions the program's plates take, found by one run that leaves no trace.
+
+    The generators are restored, so that looking does not change what is drawn afterwards.
+    """
+    with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+        run = Pair(model, guide, args, kwargs).run()
+    sites = [*run.model.values(), *run.guide.values()]
+    frames = [frame for site in sites for frame in site["cond_indep_stack"]]
+    return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+
+
+def log_prob(site: Site) -> Tensor:
+    """log-density at the site's value, masked but not scaled, in the site's batch shape."""
+    return masked(site, site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
+
+
+def masked(site: Site, value: Tensor) -> Tensor:
+    """A batch-shaped tensor with zero where the site is masked out."""
+    return scale_and_mask(value, 1.0, site["mask"])
+
+
+def scaled_sum(site: Site, value: Tensor) -> Tensor:
+    """Sum a batch-shaped tensor over the batch, with the site's scale (N/B of a subsampled plate,
+    `poutine.scale`). Leading dimensions beyond the batch shape stay."""
+    scaled = scale_and_mask(value, site["scale"], None)
+    batch_dims = len(site["fn"].batch_shape)
+    return scaled.sum(tuple(range(-batch_dims, 0))) if batch_dims else scaled
+
+
+def same_scale(a: Site, b: Site) -> bool:
+    """Whether two sites carry the same scale and the same mask."""
+    return equal(a["scale"], b["scale"]) and equal(a["mask"], b["mask"])
+
+
+def shared_plates(sites: Sequence[Site]) -> list[int]:
+    """The dimensions (negative, ascending) of the plates that every one of these sites is in.
+
+    Given the plates' arguments, the program's joint density factorises over these dimensions: each
+    index is a datum with latent variables of its own.
+    """
+    plates = [
+        {(f.dim, f.name) for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
+        for site in sites
+    ]
+    return sorted(dim for dim, _ in set.intersection(*plates)) if plates else []
+
+
+def sum_within(value: Tensor, plates: Sequence[int], nesting: int) -> Tensor:
+    """Sum a batch-shaped tensor over all plates but these: `(num_particles, *sizes of plates)`."""
+    value = value.reshape((1,) * (1 + nesting - value.dim()) + value.shape)
+    inner = [dim for dim in range(-nesting, 0) if dim not in plates]
+    return value.sum(inner) if inner else value
+
+
+def frozen(program: Program) -> Program:
+    """The same program as a function of its inputs and values only: parameters are constants.
+
+    Gradients still flow through values substituted at the sample sites; this is the stopped
+    log q of the path-derivative estimators (Roeder et al. 2017).
+
+    Raises:
+        SiteError: at call, where a plain function uses parameters that nobody can reach from
+            outside (`pyro.module` within a function).
+    """
+    if isinstance(program, nn.Module):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            detached = {name: p.detach() for name, p in program.named_parameters()}
+            with _DetachParams(), warnings.catch_warnings():
+                # pyro.module remarks on every parameter that it finds without a gradient
+                warnings.filterwarnings("ignore", message=".*was not registered in the param store")
+                return torch.func.functional_call(program, detached, args, kwargs)
+
+        return call
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        with _DetachParams(refuse_modules=True):
+            return program(*args, **kwargs)
+
+    return guarded
+
+
+class substitute(Messenger):
+    """Give sample sites the values by name, without observing them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+class _DetachParams(Messenger):
+    """Cut the gradient at every `pyro.param`."""
+
+    def __init__(self, refuse_modules: bool = False) -> None:
+        super().__init__()
+        self.refuse_modules = refuse_modules
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if self.refuse_modules and "$$$" in msg["name"]:
+            raise SiteError(
+                f'parameter "{msg["name"]}" belongs to a module inside a plain function, where its '
+                "gradient cannot be stopped: make the guide an nn.Module"
+            )
+        if isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
+@contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Modules among `programs` in evaluation mode, and every submodule as it was afterwards."""
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    modes = [m.training for m in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _sample_sites(trace: poutine.Trace) -> dict[str, Site]:
+    nodes = prune_subsample_sites(trace).nodes
+    return {name: dict(site) for name, site in nodes.items() if site["type"] == "sample"}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two scales or masks (numbers, tensors or None) are the same."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor) and isinstance(b, Tensor)
+            and a.shape == b.shape and bool((a == b).all())
+        )  # fmt: skip
+    return bool(a == b)

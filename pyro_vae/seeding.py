@@ -1,0 +1,32 @@
+"""Seeds: a stretch of random draws that is reproducible and leaves the rest undisturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run the body with torch's generators at `seed`, and put them back afterwards.
+
+    With None the body draws from the generators as they are, and advances them.
+    """
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def derive(seed: int, *keys: int) -> int:
+    """A seed for one part of a job, from the job's seed and the part's numbers.
+
+    Different keys give statistically independent streams (numpy's `SeedSequence`).
+    """
+    words = np.random.SeedSequence((seed, *keys)).generate_state(2, np.uint32)
+    return int(words[0]) << 31 | int(words[1]) >> 1

@@ -1,0 +1,196 @@
+"""A variational autoencoder: three conditional distributions, as a Pyro model and guide."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from pyro.params.param_store import param_with_module_name
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+
+from pyro_vae.errors import ParameterStoreError, ShapeError
+from pyro_vae.likelihoods import check_finite
+from pyro_vae.seeding import seeded
+from pyro_vae.typing import Conditional, Distribution
+
+
+class VAE(nn.Module):
+    """Pairs a model p(z) p(x|z) with a guide q(z|x) (Kingma & Welling 2013).
+
+    Model and guide are `nn.Module`s with sites `"z"` and `"x"` in the plate `"data"`; each is
+    called with data `x` of shape `(N, features)` and, where the parts take one, a `context` of
+    shape `(N, ...)`. They go to `SVI(vae.model, vae.guide, ...)`, to any `ELBO()(vae.model,
+    vae.guide)`, and to every tool of this library.
+
+    Args:
+        prior: returns p(z), event shape `(latent,)`: a module or any callable.
+        likelihood: maps z to p(x|z).
+        posterior: maps x to q(z|x).
+        name: prefix of the parameters in Pyro's store. By default it is unique to this object,
+            so that two VAEs in one process never share parameters by accident; give one to find
+            the same names in another process (`pyro.optim` states, saved stores).
+    """
+
+    def __init__(
+        self,
+        prior: Conditional,
+        likelihood: Conditional,
+        posterior: Conditional,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = Model(prior, likelihood, name and f"{name}.model")
+        self.guide = Guide(posterior, name and f"{name}.guide")
+
+    @property
+    def prior(self) -> Any:
+        """The module (or callable) of p(z)."""
+        return self.model.prior
+
+    @property
+    def likelihood(self) -> Any:
+        """The module (or callable) of p(x|z)."""
+        return self.model.likelihood
+
+    @property
+    def posterior(self) -> Any:
+        """The module (or callable) of q(z|x)."""
+        return self.guide.posterior
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Distribution:
+        """q(z|x): batch shape `x.shape[:-1]`, event shape `(latent,)`."""
+        return _condition(self.posterior, x, context=context)
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Distribution:
+        """p(x|z): batch shape `z.shape[:-1]`, event shape `(features,)`."""
+        return _condition(self.likelihood, z, context=context)
+
+    @torch.no_grad()
+    def generate(
+        self, num_samples: int, context: Tensor | None = None, seed: int | None = None
+    ) -> Distribution:
+        """p(x|z) at `num_samples` draws of z from the prior: batch shape `(num_samples,)`.
+
+        The result's `.mean` is E[x|z], its `.sample()` draws x: two different pictures.
+
+        Args:
+            context: `(num_samples, ...)` where the parts take one.
+            seed: of the draws; None uses and advances torch's global generator.
+        """
+        with seeded(seed):
+            prior = _condition(self.prior, context=context)
+            shape = () if prior.batch_shape else (num_samples,)
+            return self.decode(prior.sample(torch.Size(shape)), context)
+
+    def check(self, x: Tensor) -> None:
+        """Raise unless this VAE can take `x`, `(N, features)`: finite and in the support.
+
+        Raises:
+            DataError, SupportError: see `Likelihood.check`.
+        """
+        getattr(self.likelihood, "check", check_finite)(x)
+
+    def check_shape(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Raise `ShapeError` unless encoder and decoder fit a datum like the first rows of `x`."""
+        training = self.training
+        try:
+            with torch.no_grad():
+                self.eval()
+                q = self.encode(x[:1], None if context is None else context[:1])
+                p = self.decode(q.mean, None if context is None else context[:1])
+        finally:
+            self.train(training)
+        if p.event_shape != x.shape[1:]:
+            raise ShapeError(
+                f"the likelihood is over data of shape {tuple(p.event_shape)}, "
+                f"got data of shape {tuple(x.shape[1:])} a row"
+            )
+
+
+class _Program(nn.Module):
+    """A Pyro program over its own parameters, registered under a name of its own."""
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__()
+        self._name = name
+        self._unique_name = _unique_name(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copy has parameters of its own, so it needs a name of its own in the store
+        super().__setstate__(state)
+        self._unique_name = _unique_name(self)
+
+    def _register(self) -> None:
+        """Tell Pyro of every parameter, so that SVI and the effect handlers find them."""
+        if pyro.settings.get("module_local_params"):
+            self._announce(self._name or self._unique_name)
+        elif self._name is None:
+            pyro.module(self._unique_name, self)
+        else:
+            self._refuse_shared_name(self._name)
+            pyro.module(self._name, self)
+
+    def _announce(self, name: str) -> None:
+        # what a PyroModule does in this mode: param messages that never touch the global store
+        for key, parameter in self.named_parameters():
+            full = param_with_module_name(name, key)
+            parameter.unconstrained = lambda p=parameter: p  # type: ignore[attr-defined]
+            effectful(type="param")(lambda *_, p=parameter, **__: p)(
+                full, parameter, constraint=constraints.real, name=full
+            )
+
+    def _refuse_shared_name(self, name: str) -> None:
+        store = pyro.get_param_store()
+        for key, parameter in self.named_parameters():
+            full = param_with_module_name(name, key)
+            if isinstance(parameter, nn.Parameter) and full in store:
+                held = store._params[full]
+                if held is not parameter and isinstance(held, nn.Parameter):
+                    raise ParameterStoreError(
+                        f"Pyro's parameter store holds another module's \"{full}\": name this "
+                        "one differently, or call pyro.clear_param_store() first"
+                    )
+
+
+class Model(_Program):
+    """The Pyro model: z ~ p(z), x ~ p(x|z), for every datum in the plate "data"."""
+
+    def __init__(self, prior: Conditional, likelihood: Conditional, name: str | None) -> None:
+        super().__init__(name)
+        self.prior = prior
+        self.likelihood = likelihood
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Run the model with data `x`, `(N, features)`, observed; returns z."""
+        self._register()
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", _condition(self.prior, context=context))
+            pyro.sample("x", _condition(self.likelihood, z, context=context), obs=x)
+        return z
+
+
+class Guide(_Program):
+    """The Pyro guide: z ~ q(z|x), for every datum in the plate "data"."""
+
+    def __init__(self, posterior: Conditional, name: str | None) -> None:
+        super().__init__(name)
+        self.posterior = posterior
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Run the guide on data `x`, `(N, features)`; returns z."""
+        self._register()
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", _condition(self.posterior, x, context=context))
+
+
+def _condition(part: Conditional, *args: Tensor, context: Tensor | None) -> Distribution:
+    """Call a part; a callable that knows nothing of contexts is not troubled with one."""
+    return part(*args) if context is None else part(*args, context)
+
+
+def _unique_name(program: nn.Module) -> str:
+    return f"{type(program).__name__.lower()}-{uuid.uuid4().hex[:12]}"
