@@ -1,9 +1,16 @@
 """Variational autoencoders for people who write Pyro."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyro_vae import errors, likelihoods, networks, posteriors, priors
 from pyro_vae.data import Data, Split
 from pyro_vae.objectives import ELBO, IWAE, MIWAE
 from pyro_vae.vae import VAE
+
+if TYPE_CHECKING:
+    from pyro_vae import plots, training
+    from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
 
 __all__ = [
     "ELBO",
@@ -11,10 +18,39 @@ __all__ = [
     "MIWAE",
     "VAE",
     "Data",
+    "Run",
     "Split",
     "errors",
+    "fit",
     "likelihoods",
+    "load_weights",
     "networks",
+    "plots",
     "posteriors",
     "priors",
+    "read_metrics",
+    "save_weights",
+    "training",
 ]
+
+# loaded at first use, so that `import pyro_vae` costs little more than `import pyro`
+_HOMES = {
+    "Run": "pyro_vae.training",
+    "fit": "pyro_vae.training",
+    "load_weights": "pyro_vae.training",
+    "read_metrics": "pyro_vae.training",
+    "save_weights": "pyro_vae.training",
+}
+_MODULES = ("plots", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,135 @@
+"""Checkpoints: any tree of tensors and plain values in one safetensors file, no code in it.
+
+A tree is made of dicts, lists, tuples, tensors, numbers, strings, booleans and None. Its tensors
+are stored as tensors and the rest as JSON in the file's header. Writing is atomic: whatever
+happens, the file on disk is a whole one, the old or the new.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.errors import CheckpointError
+
+HEADER = "pyro_vae"
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write a tree to `path`, atomically.
+
+    Raises:
+        CheckpointError: the tree holds something that is neither tensor nor plain value; the
+            message says where.
+    """
+    tensors: dict[str, Tensor] = {}
+    header = json.dumps(_encode(tree, "", tensors))
+    part = path.with_name(f".{path.name}.part")
+    safetensors.torch.save_file(tensors, part, metadata={HEADER: header})
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_tree(path: Path, device: str = "cpu") -> Any:
+    """Read a tree written by `save_tree`. Runs no code from the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of ours.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt", device=device) as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _decode(header, tensors)
+    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of pyro_vae: {error}") from error
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a tensor shared by two submodules once."""
+    unique = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
+    return {n: t.detach() for n, t in module.state_dict().items() if n in unique}
+
+
+def copy_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of `weights` that later training leaves alone."""
+    return {name: tensor.clone() for name, tensor in weights(module).items()}
+
+
+@torch.no_grad()
+def set_weights(module: nn.Module, source: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module, in place.
+
+    Raises:
+        CheckpointError: names or shapes differ, that is, the checkpoint is of another
+            architecture; nothing has been changed then.
+    """
+    target = weights(module)
+    complaints = [f'no "{n}" in the checkpoint' for n in target.keys() - source.keys()]
+    complaints += [f'no "{n}" in the model' for n in source.keys() - target.keys()]
+    complaints += [
+        f'"{n}" has shape {tuple(source[n].shape)} in the checkpoint, {tuple(t.shape)} in the model'
+        for n, t in target.items()
+        if n in source and source[n].shape != t.shape
+    ]
+    if complaints:
+        more = f" (and {len(complaints) - 3} more)" if len(complaints) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint is of another architecture: {'; '.join(sorted(complaints)[:3])}{more}"
+        )
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's weights alone: what to hand to others."""
+    save_tree(path, {"weights": weights(module)})
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Load weights from `model.safetensors` or `checkpoint.safetensors` into a module, in place.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or of another architecture.
+    """
+    tree = load_tree(Path(path))
+    if not isinstance(tree, dict) or "weights" not in tree:
+        raise CheckpointError(f"{path} holds no weights")
+    set_weights(module, tree["weights"])
+
+
+def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[place] = value.detach().cpu().contiguous()
+        return {"tensor": place}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_encode(v, f"{place}/{i}", tensors) for i, v in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if isinstance(value, Mapping):
+        return {"dict": [[k, _encode(v, f"{place}/{k}", tensors)] for k, v in value.items()]}
+    raise CheckpointError(f"{place} is a {type(value).__name__}, which no checkpoint can hold")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {k: _decode(v, tensors) for k, v in content}
+    items = [_decode(v, tensors) for v in content]
+    return tuple(items) if kind == "tuple" else items
