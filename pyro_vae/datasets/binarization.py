@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pyro_vae.data import Data, Split, bernoulli_draw
-from pyro_vae.datasets.splits import Part, Parts, look_up
+from pyro_vae.datasets.splits import Part, Parts, Rule, look_up
 from pyro_vae.errors import ConfigError, DataError, ShapeError, SupportError
 
 PART_NAMES = ("train", "valid", "test")
@@ -45,6 +45,7 @@ BINARIZATIONS: dict[str, Binarization] = {
 
 def assemble(
     parts: Parts,
+    rule: Rule,
     *,
     name: str,
     binarize: str | None,
@@ -54,10 +55,11 @@ def assemble(
     image_shape: tuple[int, ...] | None,
     preparation: dict[str, Any],
 ) -> Data:
-    """A `Data` of the parts `train`, `test` and perhaps `valid`.
+    """A `Data` of what files hold, checked in the files' order, divided, and binarised.
 
     Args:
         parts: arrays `(N, ...)`, flattened to `(N, features)`.
+        rule: divides them into `train`, `test` and perhaps `valid`.
         scale: what every value is divided by; None leaves it as it is.
 
     Raises:
@@ -73,35 +75,45 @@ def assemble(
         raise ConfigError(f"scale {scale} is not a positive number")
     draw = None if binarize is None else look_up("binarisation", binarize, BINARIZATIONS, ", None")
     seeds = _part_seeds(seed)
-    splits = {}
-    for part in PART_NAMES:
-        if part not in parts:
-            continue
-        x = rows_of(parts[part].x, f"{name}, {part}", dtype=dtype, scale=scale)
-        split = Split(x, _labels(parts[part], f"{name}, {part}"), seed=seeds[part])
+    checked = {}
+    for label, part in parts.items():
+        where = name if label == "all" else f"{name}, {label}"
+        x = _rows(part.x, where, dtype, scale)
         if draw is not None:
-            _check_unit_interval(x, f"{name}, {part}")
-            split = draw(split, part)
-        splits[part] = split
-    _check_widths(name, {part: split.x.shape[1] for part, split in splits.items()}, image_shape)
-    preparation = {**preparation, "binarize": binarize, "seed": seed, "scale": scale}
+            _check_unit_interval(x, where)
+        checked[label] = Part(x, None if part.y is None else _labels(part.y, where))
+    _check_widths(name, {label: part.x.shape[1] for label, part in checked.items()}, image_shape)
+    splits = {}
+    for label, part in rule(checked).items():
+        y = None if part.y is None else torch.from_numpy(part.y)
+        split = Split(torch.from_numpy(part.x).to(dtype), y, seed=seeds[label])
+        splits[label] = split if draw is None else draw(split, label)
     return Data(
-        splits["train"], splits.get("valid"), splits["test"], name, image_shape, preparation
+        splits["train"],
+        splits.get("valid"),
+        splits["test"],
+        name,
+        image_shape,
+        {**preparation, "binarize": binarize, "seed": seed, "scale": scale},
     )
 
 
-def rows_of(array: np.ndarray, where: str, *, dtype: torch.dtype, scale: float | None) -> Tensor:
-    """An array `(N, ...)` as rows `(N, features)` of `dtype`, divided by `scale` and finite."""
+def _rows(array: np.ndarray, where: str, dtype: torch.dtype, scale: float | None) -> np.ndarray:
+    """An array `(N, ...)` as rows `(N, features)`, divided by `scale`, finite in `dtype`.
+
+    They are float64 for float64 and float32 for anything less precise.
+    """
     if array.dtype.kind not in "biuf":
         raise DataError(f"{where}: values of type {array.dtype} are not real numbers")
     if array.size == 0:
         raise DataError(f"{where}: no data, the array has shape {array.shape}")
     rows = array.reshape(len(array), -1)
+    precision = np.float64 if dtype == torch.float64 else np.float32
     with np.errstate(over="ignore"):
-        values = rows.astype(np.float64 if dtype == torch.float64 else np.float32)
-    x = torch.from_numpy(values)
-    x = (x if scale is None else x / scale).to(dtype)
-    if place := _first(~torch.isfinite(x)):
+        x = rows.astype(precision)
+        if scale is not None:
+            x = x / precision(scale)
+    if place := _first(~(np.abs(x) <= torch.finfo(dtype).max)):
         raise DataError(
             f"{where}: value {rows[place]} at row {place[0]}, column {place[1]} (from 0) is not a "
             f"finite {str(dtype).removeprefix('torch.')}"
@@ -109,37 +121,30 @@ def rows_of(array: np.ndarray, where: str, *, dtype: torch.dtype, scale: float |
     return x
 
 
-def _check_unit_interval(x: Tensor, where: str) -> None:
+def _check_unit_interval(x: np.ndarray, where: str) -> None:
     if place := _first((x < 0) | (x > 1)):
         raise SupportError(
-            f"{where}: value {x[place].item():g} at row {place[0]}, column {place[1]} (from 0) is "
+            f"{where}: value {x[place]:g} at row {place[0]}, column {place[1]} (from 0) is "
             "outside [0, 1] and cannot be binarised; divide by the largest value with scale="
         )
 
 
 def _check_widths(name: str, widths: dict[str, int], image_shape: tuple[int, ...] | None) -> None:
+    width = next(iter(widths.values()))
     if len(set(widths.values())) > 1:
         raise ShapeError(f"{name}: parts of different widths: {widths}")
-    if image_shape is not None and int(np.prod(image_shape)) != widths["train"]:
-        raise ShapeError(
-            f"{name}: image_shape {image_shape} does not fit rows of {widths['train']} values"
-        )
+    if image_shape is not None and math.prod(image_shape) != width:
+        raise ShapeError(f"{name}: image_shape {image_shape} does not fit rows of {width} values")
 
 
-def _labels(part: Part, where: str) -> Tensor | None:
+def _labels(y: np.ndarray, where: str) -> np.ndarray:
     """Labels `(N,)`: whole numbers as int64, others as float64."""
-    if part.y is None:
-        return None
-    y = part.y
     if y.dtype.kind not in "biuf":
         raise DataError(f"{where}: labels of type {y.dtype} are not numbers")
-    if y.dtype.kind == "f":
-        if not np.isfinite(y).all():
-            row = int(np.argmin(np.isfinite(y)))
-            raise DataError(f"{where}: label {y[row]} at row {row} (from 0) is not finite")
-        if not (y == np.round(y)).all():
-            return torch.from_numpy(y.astype(np.float64))
-    return torch.from_numpy(y.astype(np.int64))
+    if not np.isfinite(y).all():
+        row = int(np.argmin(np.isfinite(y)))
+        raise DataError(f"{where}: label {y[row]} at row {row} (from 0) is not finite")
+    return y.astype(np.int64 if (y == np.round(y)).all() else np.float64)
 
 
 def _part_seeds(seed: int) -> dict[str, int]:
@@ -150,9 +155,9 @@ def _part_seeds(seed: int) -> dict[str, int]:
     return dict(zip(PART_NAMES, map(int, states), strict=True))
 
 
-def _first(bad: Tensor) -> tuple[int, int] | None:
+def _first(bad: np.ndarray) -> tuple[int, int] | None:
     """Row and column of the first True, or None."""
     if not bad.any():
         return None
-    row, column = bad.nonzero()[0].tolist()
-    return row, column
+    row, column = np.unravel_index(int(bad.argmax()), bad.shape)
+    return int(row), int(column)

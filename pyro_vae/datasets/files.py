@@ -12,7 +12,7 @@ import torch
 from pyro_vae.data import Data
 from pyro_vae.datasets.binarization import PART_NAMES, assemble
 from pyro_vae.datasets.formats import mat_names, npz_names, read_mat, read_npy, read_npz
-from pyro_vae.datasets.splits import Part, Parts, cut_by_fraction, look_up
+from pyro_vae.datasets.splits import Part, Parts, Rule, as_filed, cut_by_fraction, look_up
 from pyro_vae.datasets.tables import read_csv
 from pyro_vae.errors import ConfigError, DataError
 
@@ -68,21 +68,22 @@ def load_file(
     read = look_up("file format", path.suffix.lower(), READERS)
     parts = read(path, key, label_key)
     preparation: dict[str, object] = {"source": str(path)}
+    rule: Rule = as_filed
     if "all" in parts:
         fractions = FRACTIONS if fractions is None else fractions
-        everything = parts["all"]
-        total = len(everything.x)
-        if total == 0:
-            raise DataError(f"{path}: no data, the array has shape {everything.x.shape}")
-        parts = cut_by_fraction(tuple(fractions), total, seed)(parts)
+        x = parts["all"].x
+        if x.size == 0:
+            raise DataError(f"{path}: no data, the array has shape {x.shape}")
+        rule = cut_by_fraction(tuple(fractions), len(x), seed)
         preparation["fractions"] = tuple(fractions)
     elif fractions is not None:
         raise ConfigError(f"{path} has its own train and test: fractions {fractions} mean nothing")
-    datum = parts["train"].x.shape[1:]
+    datum = next(iter(parts.values())).x.shape[1:]
     if image_shape is None and len(datum) in (2, 3):
         image_shape = datum
     return assemble(
         parts,
+        rule,
         name=path.stem,
         binarize=binarize,
         seed=seed,

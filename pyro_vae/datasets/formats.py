@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -139,8 +140,8 @@ def mat_names(path: Path) -> list[str]:
     """Names of the variables in a Matlab file."""
     from scipy.io import whosmat
 
-    with _reading_mat(path):
-        return [name for name, _, _ in whosmat(path)]
+    with _opened_mat(path) as stream:
+        return [name for name, _, _ in whosmat(stream)]
 
 
 def read_mat(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -154,17 +155,17 @@ def read_mat(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     from scipy.sparse import issparse
 
     _need(path, names, mat_names(path))
-    with _reading_mat(path):
-        read = loadmat(path, variable_names=list(names))
+    with _opened_mat(path) as stream:
+        read = loadmat(stream, variable_names=list(names))
         arrays = {name: read[name] for name in names}
     return {name: a.toarray() if issparse(a) else np.asarray(a) for name, a in arrays.items()}
 
 
 @contextmanager
-def _reading_mat(path: Path) -> Iterator[None]:
-    with reading(path, "a Matlab file"):
+def _opened_mat(path: Path) -> Iterator[BinaryIO]:
+    with reading(path, "a Matlab file"), open(path, "rb") as stream:
         try:
-            yield
+            yield stream
         except NotImplementedError as error:
             raise DataError(f"{path}: save this Matlab file with -v7 ({error})") from error
 

@@ -88,9 +88,10 @@ def load(
         raise ConfigError(
             f"{name} is binary already: binarize={binarize!r} means nothing, use None"
         )
-    parts = protocol.rule(entry.read(Store.open(folder, mirror)))
+    parts = entry.read(Store.open(folder, mirror))
     return assemble(
         parts,
+        protocol.rule,
         name=name,
         binarize=binarize,
         seed=seed,

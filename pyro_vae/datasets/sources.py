@@ -128,7 +128,13 @@ class Store:
             requests.exceptions.ChunkedEncodingError,
             requests.exceptions.ContentDecodingError,
         )
-        pull = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
+        responses: list[requests.Response] = []
+        pull = pooch.HTTPDownloader(
+            progressbar=sys.stderr.isatty(),
+            chunk_size=2**16,
+            headers={"Accept-Encoding": "identity"},  # the bytes as published
+            hooks={"response": lambda response, *_, **__: responses.append(response)},
+        )
         try:
             pull(url, str(part), None)
         except broken as error:
@@ -137,6 +143,9 @@ class Store:
             ) from error
         except (OSError, ValueError) as error:
             raise DataError(self._by_hand(source, f"{url} cannot be had ({error}). It")) from error
+        finally:
+            for response in responses:
+                response.close()
 
     def _by_hand(self, source: Source, why: str) -> str:
         places = [str(place / source.path) for place in (self.folder, self.cache) if place]

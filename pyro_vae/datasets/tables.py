@@ -34,7 +34,8 @@ def read_csv(path: Path) -> Table:
 
     Raises:
         DataError: no rows, a row of another length, or a cell that is no number; the message
-            names the line (from 1), the column and what stands there.
+            names the line (from 1), the column and what stands there. The same for a number
+            that is not finite, by its row (from 0).
     """
     with reading(path, "UTF-8 text"), open(path, encoding="utf-8-sig", newline="") as stream:
         rows = csv.reader(stream)
@@ -45,14 +46,18 @@ def read_csv(path: Path) -> Table:
         stream.seek(0)
         try:
             values = _parse(stream, skip)
+            if values.size and values.shape[1] != len(columns):
+                raise ValueError(f"{values.shape[1]} cells a row, {len(columns)} in the header")
         except ValueError as error:
             stream.seek(0)
             raise DataError(f"{path}: {_first_fault(stream, columns, skip) or error}") from error
     if values.size == 0:
         raise DataError(f"{path}: no rows of data{' below the header' if header else ''}")
-    if values.shape[1] != len(columns):
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
         raise DataError(
-            f"{path}: {values.shape[1]} cells a row, but {len(columns)} columns in the header"
+            f"{path}: value {values[row, column]} at row {row} (from 0, blank lines and header not "
+            f"counted), column {columns[column]!r} is not finite"
         )
     return Table(values, columns)
 
