@@ -1,0 +1,160 @@
+"""Which rows train, validate and test: the published protocols as functions from parts to parts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from pyro_vae.errors import ConfigError, DataError, ShapeError, UnknownNameError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a file before any scaling.
+
+    Args:
+        x: `(N, ...)`, numeric.
+        y: labels `(N,)`, or None.
+    """
+
+    x: np.ndarray
+    y: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, x: np.ndarray, y: np.ndarray | None, where: str) -> Part:
+        """A part whose labels may come as a row or a column, as Matlab writes them.
+
+        Raises:
+            ShapeError: `x` has no rows of values, or the labels are not one a row.
+        """
+        if x.ndim < 2:
+            raise ShapeError(f"{where}: expected a datum a row, (N, ...); found shape {x.shape}")
+        if y is not None:
+            if y.size != len(x):
+                raise ShapeError(f"{where}: labels of shape {y.shape} for {len(x)} rows")
+            y = y.reshape(-1)
+        return cls(x, y)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Part:
+        """The same part, of these rows only."""
+        return Part(self.x[rows], None if self.y is None else self.y[rows])
+
+
+Parts = dict[str, Part]
+Rule = Callable[[Parts], Parts]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named way to divide a data set.
+
+    Args:
+        rule: takes the parts of the files (`train` and `test`, or `all`) and returns `train`,
+            `test` and, where the protocol has one, `valid`.
+        about: its sizes and where it comes from, in words.
+    """
+
+    rule: Rule
+    about: str
+
+
+def look_up(kind: str, name: str, table: Mapping[str, T], also: str = "") -> T:
+    """The entry of a registry.
+
+    Raises:
+        UnknownNameError: `name` is not in it; the message lists the known and the nearest.
+    """
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), list(table), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UnknownNameError(f"no {kind} named {name!r}; {hint}known: {_listed(table)}{also}")
+
+
+def permutation(rows: int, seed: int = 0) -> np.ndarray:
+    """A shuffle of `rows` that stays the same in every NumPy version.
+
+    NumPy freezes the streams of `RandomState` and reserves the right to change those of
+    `Generator`, and a published split has to outlive an upgrade.
+
+    Raises:
+        ConfigError: the seed is not a whole number from 0 to 2³² - 1.
+    """
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed {seed!r} is not a whole number from 0 to 2**32 - 1")
+    return np.random.RandomState(seed).permutation(rows)
+
+
+def as_filed(parts: Parts) -> Parts:
+    """The parts as the files have them."""
+    return parts
+
+
+def hold_out(rows: int, *, shuffled: bool = False) -> Rule:
+    """Validate on the last `rows` of the training part, in its order or after a fixed shuffle."""
+
+    def rule(parts: Parts) -> Parts:
+        train = parts["train"]
+        if rows >= len(train.x):
+            raise DataError(f"cannot hold out {rows} of {len(train.x)} training rows")
+        if shuffled:
+            train = train[permutation(len(train.x))]
+        cut = len(train.x) - rows
+        return {"train": train[:cut], "valid": train[cut:], "test": parts["test"]}
+
+    return rule
+
+
+def cut(train: int, valid: int, test: int, *, shuffled: bool, seed: int = 0) -> Rule:
+    """Divide the one part `all` into three of these sizes, in its order or after a shuffle."""
+
+    def rule(parts: Parts) -> Parts:
+        everything = parts["all"]
+        total = len(everything.x)
+        if train + valid + test != total:
+            raise DataError(f"sizes {train} + {valid} + {test} do not add up to {total} rows")
+        if shuffled:
+            everything = everything[permutation(total, seed)]
+        divided = {"train": everything[:train], "test": everything[train + valid :]}
+        if valid:
+            divided["valid"] = everything[train : train + valid]
+        return divided
+
+    return rule
+
+
+def cut_by_fraction(fractions: tuple[float, ...], total: int, seed: int) -> Rule:
+    """`cut` with sizes from fractions, after a shuffle drawn from `seed`.
+
+    Test and validation sizes are rounded to whole rows, and training takes the rest.
+
+    Raises:
+        ConfigError: the fractions are not three, are negative, or do not add up to one.
+        DataError: there are too few rows for a part that was asked for.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ConfigError(
+            f"fractions {fractions} should be three numbers (train, valid, test) from 0 to 1 "
+            "that add up to 1"
+        )
+    if fractions[0] == 0 or fractions[2] == 0:
+        raise ConfigError(f"fractions {fractions} leave nothing to train on or to test on")
+    valid, test = (round(total * fraction) for fraction in fractions[1:])
+    train = total - valid - test
+    sizes = {"train": train, "valid": valid, "test": test}
+    short = [name for name, f in zip(sizes, fractions, strict=True) if f > 0 and sizes[name] < 1]
+    if short:
+        raise DataError(
+            f"{total} rows divided by {fractions} leave no row for {' and '.join(short)}"
+        )
+    return cut(train, valid, test, shuffled=True, seed=seed)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
