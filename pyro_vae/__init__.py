@@ -9,7 +9,7 @@ from pyro_vae.objectives import ELBO, IWAE, MIWAE
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
-    from pyro_vae import plots, training
+    from pyro_vae import datasets, plots, training
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Data",
     "Run",
     "Split",
+    "datasets",
     "errors",
     "fit",
     "likelihoods",
@@ -41,7 +42,7 @@ _HOMES = {
     "read_metrics": "pyro_vae.training",
     "save_weights": "pyro_vae.training",
 }
-_MODULES = ("plots", "training")
+_MODULES = ("datasets", "plots", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,285 @@
+"""`pyro-vae`: train, evaluate, sample and plot from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError, RunExistsError
+
+RUN = click.Path(path_type=Path, exists=True, file_okay=False)
+FAILURE, INTERRUPTED = 1, 130
+
+
+class Sizes(click.ParamType):
+    """Layer sizes separated by commas."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple | list):
+            return tuple(value)
+        try:
+            return tuple(int(part) for part in value.split(",") if part)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers like 200,200", param, ctx)
+
+
+class Scale(click.ParamType):
+    """A positive number, or one of the words of `likelihoods.Normal`."""
+
+    name = "scale"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="pyro-vae")
+def cli() -> None:
+    """Train variational autoencoders and evaluate their log p(x).
+
+    A run lives in a folder: configuration, metrics, checkpoint, evaluation, figures.
+
+    \b
+        pyro-vae train --data digits --out runs/a
+        pyro-vae evaluate runs/a --num-samples 1000
+        pyro-vae plot runs/a
+    """
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Entries of the file become the defaults of the options; options given still win."""
+    if value is None:
+        return None
+    try:
+        entries = json.loads(value.read_text())
+    except ValueError as error:
+        raise click.BadParameter(f"{value} is not JSON: {error}") from error
+    entries = entries.get("options", entries)
+    known = {p.name for p in ctx.command.params}
+    if unknown := sorted(entries.keys() - known):
+        raise click.BadParameter(
+            f"{value} has unknown entries {unknown}; known: {sorted(known - {None})}"
+        )
+    ctx.default_map = {**(ctx.default_map or {}), **entries}
+    return value
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder to write.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    is_eager=True,
+    callback=_read_config,
+    expose_value=False,
+    help="JSON file of options (a run's config.json will do); options given here win.",
+)
+@click.option(
+    "--data", default="digits", help="Data set by name, or a .npz, .npy, .csv, .mat file."
+)
+@click.option(
+    "--split", default=None, help="Published protocol of splits; default: the data set's."
+)
+@click.option(
+    "--binarize",
+    type=click.Choice(["dynamic", "fixed", "threshold", "none"]),
+    default="dynamic",
+    help="How grey values become binary.",
+)
+@click.option("--prior", default="normal", help="p(z).")
+@click.option("--likelihood", default="bernoulli", help="p(x|z).")
+@click.option("--posterior", default="diagonal", help="q(z|x).")
+@click.option("--network", default="mlp", help="Of encoder and decoder: mlp, gated or conv.")
+@click.option("--latent", type=click.IntRange(1), default=2, help="Dimension of z.")
+@click.option("--hidden", type=Sizes(), default="200,200", help="Sizes of the hidden layers.")
+@click.option(
+    "--scale",
+    type=Scale(),
+    default="learned",
+    help="Of a normal likelihood: a number, learned, per_feature or predicted.",
+)
+@click.option("--objective", default="elbo", help="elbo or iwae.")
+@click.option(
+    "--kl",
+    type=click.Choice(["analytic", "monte_carlo", "auto"]),
+    default="auto",
+    help="KL estimator; auto takes the closed form where there is one.",
+)
+@click.option("--kl-weight", type=float, default=1.0, help="Beta.")
+@click.option("--free-bits", type=float, default=0.0, help="Nats each latent dimension may keep.")
+@click.option(
+    "--num-particles", type=click.IntRange(1), default=1, help="Draws per datum and step."
+)
+@click.option("--epochs", type=click.IntRange(1), default=100, help="In all.")
+@click.option("--batch-size", type=click.IntRange(1), default=128)
+@click.option("--learning-rate", type=float, default=1e-3, help="Of Adam.")
+@click.option("--kl-warmup", type=click.IntRange(0), default=0, help="Epochs of linear warm-up.")
+@click.option("--gradient-clip", type=float, default=None, help="Largest norm of the gradient.")
+@click.option("--patience", type=click.IntRange(1), default=None, help="Epochs without gain.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", default="32-true", help="32-true, 64-true, bf16-mixed or 16-mixed.")
+@click.option("--seed", type=int, default=0, help="Of weights, data and training.")
+@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files.")
+@click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own options.")
+@click.pass_context
+def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **options: Any) -> None:
+    """Train a VAE into a run folder."""
+    from pyro_vae.recipes import Recipe, build_objective, build_vae, load_data
+    from pyro_vae.training import fit
+
+    if resume:
+        options |= _options_of(out, ctx)
+    fitting = dict(options)
+    names = {f.name for f in fields(Recipe)}
+    entries = {name: fitting.pop(name) for name in names}
+    if entries["binarize"] == "none":
+        entries["binarize"] = None
+    recipe = Recipe.from_json(entries)
+    data = load_data(recipe)
+    vae = build_vae(recipe, data)
+    steps_an_epoch = -(-len(data.train) // fitting["batch_size"])
+    warmup = fitting.pop("kl_warmup") * steps_an_epoch
+    run = fit(
+        vae,
+        data,
+        objective=build_objective(recipe),
+        out=out,
+        overwrite=overwrite,
+        resume=resume,
+        kl_schedule=(lambda step: min(1.0, step / warmup)) if warmup else None,
+        seed=recipe.seed,
+        config={"recipe": recipe.to_json(), "options": options},
+        **fitting,
+    )
+    last = run.metrics[-1]
+    click.echo(
+        f"Trained {len(run.metrics)} epochs in {last['seconds']:.1f} s: "
+        f"ELBO {last['train_elbo']:.2f} (train)"
+        + (f", {last['valid_elbo']:.2f} (validation)" if "valid_elbo" in last else "")
+        + " nats a datum"
+    )
+    click.echo(f"Run folder: {out}")
+    click.echo(f"Next: pyro-vae evaluate {out} --num-samples 1000; pyro-vae plot {out}")
+
+
+@cli.command()
+@click.argument("run", type=RUN)
+@click.option("--num-samples", type=click.IntRange(1), default=1000, help="Draws per datum.")
+@click.option("--part", type=click.Choice(["train", "valid", "test"]), default="test")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Only the first so many data.")
+@click.option("--seed", type=int, default=0, help="Of the draws.")
+@click.option("--overwrite", is_flag=True, help="Replace an evaluation that is there.")
+def evaluate(
+    run: Path, num_samples: int, part: str, limit: int | None, seed: int, overwrite: bool
+) -> None:
+    """Importance-sampled log p(x) of RUN, with its error, into RUN/evidence.npz."""
+    import pyro_vae as pv
+    from pyro_vae.recipes import load_run
+
+    target = _new_file(run / "evidence.npz", overwrite)
+    vae, data, _ = load_run(run)
+    split = getattr(data, part)
+    if split is None:
+        raise ConfigError(f'the data of this run have no "{part}" part')
+    x = split.fixed().x[:limit]
+    evidence = pv.log_marginal(vae.model, vae.guide, x, num_samples=num_samples, seed=seed)
+    evidence.save(target)
+    click.echo(f"{part}: {evidence}")
+    click.echo(f"Written to {target}")
+    click.echo(f"Next: pyro-vae plot {run}; pyro-vae sample {run}")
+
+
+@cli.command()
+@click.argument("run", type=RUN)
+@click.option("--num", type=click.IntRange(1), default=64, help="How many.")
+@click.option("--seed", type=int, default=0, help="Of the draws.")
+@click.option("--overwrite", is_flag=True, help="Replace samples that are there.")
+def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
+    """Draw from RUN's model: E[x|z] and x, into RUN/samples.npz."""
+    import numpy as np
+
+    from pyro_vae.recipes import load_run
+    from pyro_vae.seeding import seeded
+
+    target = _new_file(run / "samples.npz", overwrite)
+    vae, _, _ = load_run(run)
+    vae.eval()
+    with seeded(seed):
+        likelihood = vae.generate(num)
+        x = likelihood.sample()
+    np.savez(target, mean=likelihood.mean.numpy(), x=x.numpy())
+    click.echo(f"{num} samples: E[x|z] as mean, draws of x as x, in {target}")
+
+
+@cli.command()
+@click.argument("run", type=RUN)
+@click.option("--seed", type=int, default=0, help="Of the draws that are shown.")
+@click.option("--overwrite", is_flag=True, help="Replace figures that are there.")
+def plot(run: Path, seed: int, overwrite: bool) -> None:
+    """Draw RUN's figures into RUN/figures."""
+    from pyro_vae import plots
+    from pyro_vae.recipes import load_run
+    from pyro_vae.training.folder import METRICS
+
+    folder = run / "figures"
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise RunExistsError(f"{folder} is not empty: --overwrite replaces its figures")
+    vae, data, recipe = load_run(run)
+    test = data.test.fixed()
+    figures: dict[str, Callable[[], Any]] = {
+        "training_curves": lambda: plots.training_curves(run / METRICS),
+        "reconstructions": lambda: plots.reconstructions(vae, test.x, data.image_shape),
+        "samples": lambda: plots.samples(vae, data.image_shape, seed=seed),
+        "latent_map": lambda: plots.latent_map(vae, test.x, test.y),
+    }
+    if recipe.latent == 2:
+        figures["manifold"] = lambda: plots.manifold(vae, data.image_shape)
+    folder.mkdir(exist_ok=True)
+    for name, draw in figures.items():
+        draw().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+        click.echo(f"{folder / name}.png")
+
+
+def _new_file(path: Path, overwrite: bool) -> Path:
+    if path.exists() and not overwrite:
+        raise RunExistsError(f"{path} is there already: --overwrite replaces it")
+    return path
+
+
+def _options_of(run: Path, ctx: click.Context) -> dict[str, Any]:
+    """The options a run was made with, but for those given on the command line now."""
+    from pyro_vae.training.folder import CONFIG
+
+    if not (run / CONFIG).is_file():
+        raise CheckpointError(f"there is nothing to resume in {run}: no {CONFIG}")
+    stored = json.loads((run / CONFIG).read_text())["options"]
+    given = click.core.ParameterSource.COMMANDLINE
+    return {k: v for k, v in stored.items() if ctx.get_parameter_source(k) is not given}
+
+
+def main() -> None:
+    """Entry point. Exit codes: 1 for an error of ours, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except PyroVAEError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(FAILURE)

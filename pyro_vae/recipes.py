@@ -1,0 +1,196 @@
+"""A VAE described in words: what the command line builds, and a run folder builds again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pyro_vae import datasets, likelihoods, networks, posteriors, priors
+from pyro_vae.data import Data
+from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
+from pyro_vae.objectives import ELBO, IWAE, Objective
+from pyro_vae.seeding import derive, seeded
+from pyro_vae.training import load_weights
+from pyro_vae.training.folder import CONFIG, MODEL
+from pyro_vae.vae import VAE
+
+MakeNetwork = Callable[[int], nn.Module]  # from the number of outputs (a feature, for a decoder)
+
+
+class NetworkPair(NamedTuple):
+    """How a kind of network makes encoders and decoders for one data set."""
+
+    encoder: MakeNetwork
+    decoder: MakeNetwork
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which data, which parts, which objective; every field is plain JSON.
+
+    Attributes:
+        data, split, binarize: see `datasets.load`.
+        prior, likelihood, posterior, network, objective: names in the registries of this module.
+        latent: dimension of z.
+        hidden: sizes of the hidden layers (or channels), encoder order; the decoder's are reversed.
+        scale: of a Normal likelihood: a number, "learned", "per_feature" or "predicted".
+        kl, kl_weight, free_bits: see `ELBO`.
+        num_particles: draws per datum and step.
+        seed: of the weights, the data's fixed draws, and training.
+    """
+
+    data: str = "digits"
+    split: str | None = None
+    binarize: str | None = "dynamic"
+    prior: str = "normal"
+    likelihood: str = "bernoulli"
+    posterior: str = "diagonal"
+    network: str = "mlp"
+    latent: int = 2
+    hidden: tuple[int, ...] = (200, 200)
+    scale: float | str = "learned"
+    objective: str = "elbo"
+    kl: str = "auto"
+    kl_weight: float = 1.0
+    free_bits: float = 0.0
+    num_particles: int = 1
+    seed: int = 0
+
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Any]) -> Recipe:
+        """A recipe from JSON entries.
+
+        Raises:
+            ConfigError: an entry is not a field of a recipe.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(entries.keys() - known):
+            raise ConfigError(f"unknown entries {unknown}; a recipe has {sorted(known)}")
+        hidden = tuple(entries.get("hidden", cls.hidden))
+        return cls(**{**entries, "hidden": hidden})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON entries."""
+        return {**asdict(self), "hidden": list(self.hidden)}
+
+
+def load_data(recipe: Recipe) -> Data:
+    """The data of a recipe, in its splits."""
+    return datasets.load(
+        recipe.data, split=recipe.split, binarize=recipe.binarize, seed=recipe.seed
+    )
+
+
+def build_vae(recipe: Recipe, data: Data) -> VAE:
+    """A fresh VAE: weights drawn from the recipe's seed, output bias from the training mean.
+
+    Raises:
+        UnknownNameError: a name is in no registry; the message lists the known ones.
+    """
+    with seeded(derive(recipe.seed, 0)):
+        pair = _look_up(NETWORKS, recipe.network, "network")(recipe, data)
+        posterior = _look_up(POSTERIORS, recipe.posterior, "posterior")(recipe, pair.encoder)
+        likelihood = _look_up(LIKELIHOODS, recipe.likelihood, "likelihood")(recipe, pair.decoder)
+        prior = _look_up(PRIORS, recipe.prior, "prior")(recipe)
+    likelihood.initialize(data.train_mean())
+    return VAE(prior, likelihood, posterior)
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective of a recipe."""
+    return _look_up(OBJECTIVES, recipe.objective, "objective")(recipe)
+
+
+def load_run(folder: str | Path) -> tuple[VAE, Data, Recipe]:
+    """The trained VAE of a run folder that the command line made, its data and its recipe.
+
+    Raises:
+        CheckpointError: the folder is no such run, or its weights do not fit its recipe.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
+    try:
+        entries = json.loads((folder / CONFIG).read_text())["recipe"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / CONFIG} holds no recipe: {error}") from error
+    recipe = Recipe.from_json(entries)
+    data = load_data(recipe)
+    vae = build_vae(recipe, data)
+    load_weights(vae, folder / MODEL)
+    return vae, data, recipe
+
+
+def _mlp(recipe: Recipe, data: Data) -> NetworkPair:
+    there, back = list(recipe.hidden), list(reversed(recipe.hidden))
+    return NetworkPair(
+        lambda outputs: networks.MLP(data.features, there, outputs),
+        lambda outputs: networks.MLP(recipe.latent, back, outputs * data.features),
+    )
+
+
+def _gated(recipe: Recipe, data: Data) -> NetworkPair:
+    there, back = list(recipe.hidden), list(reversed(recipe.hidden))
+    return NetworkPair(
+        lambda outputs: networks.GatedMLP(data.features, there, outputs),
+        lambda outputs: networks.GatedMLP(recipe.latent, back, outputs * data.features),
+    )
+
+
+def _conv(recipe: Recipe, data: Data) -> NetworkPair:
+    if data.image_shape is None:
+        raise ConfigError(f'network="conv" needs images, and "{data.name}" has no image shape')
+    *channels, height, width = data.image_shape
+    there, back = list(recipe.hidden), list(reversed(recipe.hidden))
+    in_channels = channels[0] if channels else 1
+    return NetworkPair(
+        lambda outputs: networks.ConvEncoder((in_channels, height, width), there, outputs),
+        lambda outputs: networks.ConvDecoder(
+            recipe.latent, back, (outputs * in_channels, height, width)
+        ),
+    )
+
+
+def _normal(recipe: Recipe, decoder: MakeNetwork) -> nn.Module:
+    return likelihoods.Normal(decoder(2 if recipe.scale == "predicted" else 1), recipe.scale)
+
+
+def _elbo(recipe: Recipe) -> Objective:
+    return ELBO(
+        kl=recipe.kl,  # type: ignore[arg-type]
+        kl_weight=recipe.kl_weight,
+        free_bits=recipe.free_bits,
+        num_particles=recipe.num_particles,
+    )
+
+
+NETWORKS: dict[str, Callable[[Recipe, Data], NetworkPair]] = {
+    "mlp": _mlp,
+    "gated": _gated,
+    "conv": _conv,
+}
+PRIORS: dict[str, Callable[[Recipe], nn.Module]] = {
+    "normal": lambda recipe: priors.StandardNormal(recipe.latent),
+}
+LIKELIHOODS: dict[str, Callable[[Recipe, MakeNetwork], nn.Module]] = {
+    "bernoulli": lambda recipe, decoder: likelihoods.Bernoulli(decoder(1)),
+    "normal": _normal,
+}
+POSTERIORS: dict[str, Callable[[Recipe, MakeNetwork], nn.Module]] = {
+    "diagonal": lambda recipe, encoder: posteriors.DiagonalNormal(encoder(2 * recipe.latent)),
+}
+OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {
+    "elbo": _elbo,
+    "iwae": lambda recipe: IWAE(recipe.num_particles),
+}
+
+
+def _look_up(registry: Mapping[str, Any], name: str, kind: str) -> Any:
+    if name not in registry:
+        raise UnknownNameError(f'unknown {kind} "{name}"; known are {", ".join(sorted(registry))}')
+    return registry[name]
