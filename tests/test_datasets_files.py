@@ -206,6 +206,7 @@ def test_sparse_matlab_matrices_are_made_dense(tmp_path: Path) -> None:
         ("\ufeffa,b\n1, 2\n\n3,4e0\n5,6\n\n", None, [[1, 2], [3, 4], [5, 6]]),
         ("a,#b,kind\n1,2,0\n3,4,1\n5,6,2\n", "kind", [[1, 2], [3, 4], [5, 6]]),
         ("0,1,2\n1,3,4\n2,5,6\n", "0", [[1, 2], [3, 4], [5, 6]]),
+        ("\n\na,b\n1,2\n3,4\n5,6\n", None, [[1, 2], [3, 4], [5, 6]]),
         ("7\n8\n9\n", None, [[7], [8], [9]]),
     ],
 )

@@ -110,7 +110,7 @@ def _rows(array: np.ndarray, where: str, dtype: torch.dtype, scale: float | None
     rows = array.reshape(len(array), -1)
     precision = np.float64 if dtype == torch.float64 else np.float32
     with np.errstate(over="ignore"):
-        x = rows.astype(precision)
+        x: np.ndarray = rows.astype(precision)
         if scale is not None:
             x = x / precision(scale)
     if place := _first(~(np.abs(x) <= torch.finfo(dtype).max)):
