@@ -1,0 +1,49 @@
+"""What every benchmark shares: where its results go, and what it says of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from pyro_vae.training.folder import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, device and versions."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": versions(),
+    }
+
+
+def write(name: str, command: str, results: Any, figure: Figure | None = None) -> Path:
+    """Write `results/NAME.json`, and `results/NAME.png` where there is a figure.
+
+    Args:
+        command: that makes these results, as it stands in the README.
+        results: plain JSON.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    report = {"command": command, "machine": machine(), "results": results}
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    if figure is not None:
+        figure.savefig(RESULTS / f"{name}.png", dpi=150, bbox_inches="tight")
+    return path
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
