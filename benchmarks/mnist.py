@@ -37,7 +37,7 @@ def make_vae(data: pv.Data) -> pv.VAE:
 
 
 def train_by_hand(vae: pv.VAE, data: pv.Data, epochs: int, seed: int) -> Iterator[float]:
-    """The same training in plain PyTorch, on the same networks: yields the seconds of each epoch."""
+    """The same training in plain PyTorch, same networks: yields the seconds of each epoch."""
     encoder, decoder = vae.posterior.network, vae.likelihood.network
     optimizer = torch.optim.Adam(vae.parameters(), 1e-3, fused=True)
     x_all = data.train.x

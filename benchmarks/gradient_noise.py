@@ -1,0 +1,118 @@
+"""Bias and variance of gradient estimators: repeated draws against an exact gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.objectives import Objective
+from pyro_vae.seeding import derive, seeded
+
+Loss = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How a gradient estimator errs on one group of parameters, per datum.
+
+    Attributes:
+        variance: trace of its covariance over the squared norm of the exact gradient of all
+            parameters, so that groups and stages compare.
+        bias_z: squared distance of its mean from the exact gradient, as a z-score: about N(0, 1)
+            where the estimator is unbiased.
+    """
+
+    variance: float
+    bias_z: float
+
+
+def measure(
+    loss: Loss,
+    groups: Mapping[str, list[Tensor]],
+    exact: Mapping[str, Tensor],
+    draws: int,
+    seed: int,
+) -> dict[str, Noise]:
+    """Draw the gradient of `loss` `draws` times and compare with the exact one, group by group.
+
+    Args:
+        groups: parameters by group; each is flattened into one vector.
+        exact: the exact gradient of each group, flattened.
+    """
+    samples = {name: [] for name in groups}
+    for i in range(draws):
+        with seeded(derive(seed, i)):
+            for name, gradient in gradients(loss(), groups).items():
+                samples[name].append(gradient)
+    scale = sum(float(g.square().sum()) for g in exact.values())
+    return {name: _noise(torch.stack(samples[name]), exact[name], scale) for name in groups}
+
+
+def gradients(loss: Tensor, groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The gradient of a loss by group, each flattened."""
+    flat = [p for group in groups.values() for p in group]
+    pieces = iter(torch.autograd.grad(loss, flat))
+    return {
+        name: torch.cat([next(pieces).flatten() for _ in group]) for name, group in groups.items()
+    }
+
+
+def _noise(samples: Tensor, exact: Tensor, scale: float) -> Noise:
+    draws = len(samples)
+    samples = samples.double()
+    mean, variances = samples.mean(0), samples.var(0)
+    total = float(variances.sum())
+    # under no bias draws * |mean - exact|^2 has mean `total` and, were the coordinates
+    # independent, variance 2 * sum(variances^2); dependence makes the spread larger, so the
+    # spread is taken from the draws themselves, through their Gram matrix
+    centred = samples - mean
+    gram = centred @ centred.T / (draws - 1)
+    spread = float((2 * gram.square().sum()).sqrt())
+    distance = float(draws * (mean - exact.double()).square().sum())
+    bias_z = (distance - total) / spread if spread > 0 else 0.0
+    return Noise(total / scale, bias_z)
+
+
+def long_run(objective: Objective, vae: pv.VAE, x: Tensor, groups: Mapping[str, list[Tensor]],
+             repeats: int, seed: int) -> dict[str, Tensor]:  # fmt: skip
+    """The mean of many gradient draws: the reference where no closed form exists."""
+    total: dict[str, Tensor] = {}
+    for i in range(repeats):
+        with seeded(derive(seed, i)):
+            loss = objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
+        for name, g in gradients(loss, groups).items():
+            total[name] = total.get(name, torch.zeros_like(g, dtype=torch.float64)) + g / repeats
+    return total
+
+
+def linear_elbo(vae: pv.VAE, x: Tensor) -> Tensor:
+    """The exact negative ELBO per datum of a linear decoder, a Normal likelihood and N(0, I).
+
+    E_q |x - Wz - b|^2 = |x - W m - b|^2 + sum_j s_j^2 |w_j|^2 for q = N(m, diag s^2).
+    """
+    q = vae.encode(x).base_dist
+    decoder = vae.likelihood.network.layers[-1]
+    sigma = vae.likelihood.scale(x)
+    residual = (x - decoder(q.loc)).square().sum(-1)
+    spread = (q.scale.square() * decoder.weight.square().sum(0)).sum(-1)
+    normaliser = (torch.log(2 * torch.pi * sigma.square()) * torch.ones_like(x)).sum(-1)
+    reconstruction = -0.5 * ((residual + spread) / sigma.square() + normaliser)
+    kl = 0.5 * (q.loc.square() + q.scale.square() - 1 - q.scale.square().log()).sum(-1)
+    return (kl - reconstruction).mean()
+
+
+def parameter_groups(vae: pv.VAE) -> dict[str, list[Tensor]]:
+    """Encoder body, encoder head (means and log-variances), decoder, and the likelihood's own."""
+    *body, head = [m for m in vae.posterior.modules() if isinstance(m, nn.Linear)]
+    decoder = list(vae.likelihood.network.parameters())
+    own = [p for n, p in vae.likelihood.named_parameters() if not n.startswith("network")]
+    groups = {
+        "encoder body": [p for layer in body for p in layer.parameters()],
+        "encoder head": list(head.parameters()),
+        "decoder": decoder + own,
+    }
+    return {name: group for name, group in groups.items() if group}

@@ -1,0 +1,295 @@
+"""Analytic KL against Monte Carlo KL: gradient noise, time, and what training ends with.
+
+    python -m benchmarks.kl_estimators                  # digits, minutes
+    PYRO_VAE_DATA=... python -m benchmarks.kl_estimators --data mnist
+
+Same model, data, seeds and batches for every estimator. Three studies:
+
+1. noise: variance and bias of the gradient by group of parameters and by latent dimension, at
+   the start, in the middle and at the end of training, with 1, 5 and 50 particles, by size of the
+   latent space and of the batch; against the exact gradient (linear decoder) or that of 10,000
+   particles.
+2. time: a step of each estimator, taken in turn.
+3. training: ELBO and importance-sampled log p(x) of validation data through training, over seeds,
+   with N(0, I) and with a VampPrior (which has no analytic KL), and the time to a given ELBO.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import pyro_vae as pv
+from benchmarks import report
+from benchmarks.gradient_noise import (
+    gradients,
+    linear_elbo,
+    long_run,
+    measure,
+    parameter_groups,
+)
+from pyro_vae.objectives import Objective
+from pyro_vae.seeding import derive, seeded
+
+ESTIMATORS: dict[str, Callable[[int], Objective]] = {
+    "analytic": lambda k: pv.ELBO(kl="analytic", num_particles=k),
+    "monte_carlo": lambda k: pv.ELBO(kl="monte_carlo", num_particles=k),
+    "stl": lambda k: pv.ELBO(kl="monte_carlo", gradient="stl", num_particles=k),
+}
+STAGES = {"start": 0, "middle": 5, "end": 60}
+COLORS = {"analytic": "C0", "monte_carlo": "C1", "stl": "C2"}
+
+
+def make_vae(data: pv.Data, latent: int, hidden: Sequence[int], seed: int, prior: str = "normal",
+             linear: bool = False) -> pv.VAE:  # fmt: skip
+    """A VAE on this data: Bernoulli MLP, or a linear decoder with a Normal likelihood."""
+    with seeded(derive(seed, 0)):
+        posterior = pv.posteriors.DiagonalNormal(pv.networks.MLP(data.features, hidden, 2 * latent))
+        if linear:
+            likelihood: Any = pv.likelihoods.Normal(pv.networks.MLP(latent, [], data.features), 0.5)
+        else:
+            likelihood = pv.likelihoods.Bernoulli(
+                pv.networks.MLP(latent, list(reversed(hidden)), data.features)
+            )
+        vamp = prior == "vamp"
+        p = (
+            pv.priors.VampPrior(posterior, 100, data.train.fixed().x)
+            if vamp
+            else pv.priors.StandardNormal(latent)
+        )
+    likelihood.initialize(data.train_mean())
+    return pv.VAE(p, likelihood, posterior)
+
+
+def noise_study(data: pv.Data, draws: int, repeats: int) -> list[dict[str, Any]]:
+    """Study 1: a row for every setting, estimator and group."""
+    rows: list[dict[str, Any]] = []
+    settings = [(linear, latent, 64) for linear in (True, False) for latent in (2, 10, 32)]
+    settings += [(False, 10, batch) for batch in (8, 512)]
+    for linear, latent, batch in settings:
+        vae = make_vae(data, latent, [64], seed=1, linear=linear)
+        x = data.train.fixed().x[:batch]
+        done = 0
+        for stage, epochs in STAGES.items():
+            if epochs > done:
+                pv.fit(vae, data, objective=pv.ELBO(), epochs=epochs - done, seed=epochs)
+                done = epochs
+            where = {"decoder": "linear" if linear else "mlp", "latent": latent, "batch": batch,
+                     "stage": stage}  # fmt: skip
+            rows += [where | row for row in _noise_at(vae, x, linear, draws, repeats)]
+            print(f"noise: {where}")
+    return rows
+
+
+def _noise_at(
+    vae: pv.VAE, x: Tensor, linear: bool, draws: int, repeats: int
+) -> list[dict[str, Any]]:
+    groups = parameter_groups(vae)
+    if linear:
+        exact = {n: g.double() for n, g in gradients(linear_elbo(vae, x), groups).items()}
+    else:
+        exact = long_run(ESTIMATORS["analytic"](100), vae, x, groups, repeats, seed=7)
+    rows = []
+    for name, make in ESTIMATORS.items():
+        for particles in (1, 5, 50):
+            objective = make(particles)
+            few = max(20, draws // particles)
+
+            def loss(objective: Objective = objective) -> Tensor:
+                return objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
+
+            for group, noise in measure(loss, groups, exact, few, seed=11).items():
+                rows.append({
+                    "estimator": name, "particles": particles, "group": group, "draws": few,
+                    "variance": noise.variance, "bias_z": noise.bias_z,
+                })  # fmt: skip
+    return rows
+
+
+def dimension_study(data: pv.Data, draws: int) -> list[dict[str, Any]]:
+    """Variance of the gradient of each latent mean and log-variance, beside the dimension's KL."""
+    latent = 10
+    vae = make_vae(data, latent, [64], seed=1)
+    pv.fit(vae, data, objective=pv.ELBO(), epochs=STAGES["end"], seed=1)
+    x = data.train.fixed().x[:64]
+    with torch.no_grad():
+        kl = pv.ELBO().terms(vae.model, vae.guide, x).kl_per_dimension["z"] / len(x)
+    bias = parameter_groups(vae)["encoder head"][-1]
+    rows: list[dict[str, Any]] = []
+    for name, make in ESTIMATORS.items():
+        objective = make(1)
+        samples = []
+        for i in range(draws):
+            with seeded(derive(3, i)):
+                loss = objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
+            samples.append(torch.autograd.grad(loss, bias)[0])
+        mean_variance, log_variance_variance = torch.stack(samples).var(0).chunk(2)
+        rows += [
+            {"estimator": name, "dimension": j, "kl": kl[j].item(),
+             "variance_of_mean": mean_variance[j].item(),
+             "variance_of_log_variance": log_variance_variance[j].item()}
+            for j in range(latent)
+        ]  # fmt: skip
+    return rows
+
+
+def time_study(data: pv.Data, latent: int, hidden: Sequence[int], steps: int) -> dict[str, float]:
+    """Study 2: milliseconds a step, the estimators in turn, medians."""
+    x = data.train.fixed().x[:128]
+    vae = make_vae(data, latent, hidden, seed=0)
+    optimizer = torch.optim.Adam(vae.parameters(), 1e-3, fused=True)
+    seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+    objectives = {name: make(1) for name, make in ESTIMATORS.items()}
+    for _ in range(steps):
+        for name, objective in objectives.items():
+            started = time.perf_counter()
+            optimizer.zero_grad()
+            objective.differentiable_loss(vae.model, vae.guide, x).backward()
+            optimizer.step()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
+def training_study(
+    data: pv.Data, latent: int, hidden: Sequence[int], epochs: int, every: int, seeds: int
+) -> list[dict[str, Any]]:
+    """Study 3: a row for every prior, estimator and seed, with its curves."""
+    assert data.valid is not None
+    held_out = data.valid.fixed().x[:500]
+    runs: list[dict[str, Any]] = []
+    for prior in ("normal", "vamp"):
+        for seed in range(seeds):
+            for name, make in ESTIMATORS.items():
+                if prior == "vamp" and name == "analytic":
+                    continue
+                vae = make_vae(data, latent, hidden, seed, prior)
+
+                def track(epoch: int, vae: pv.VAE = vae) -> dict[str, float]:
+                    if epoch % every:
+                        return {}
+                    found = pv.log_marginal(vae.model, vae.guide, held_out, num_samples=200)
+                    return {"valid_log_px": found.mean}
+
+                run = pv.fit(
+                    vae, data, objective=make(1), epochs=epochs, seed=seed, trackers=[track]
+                )
+                runs.append({
+                    "prior": prior, "estimator": name, "seed": seed,
+                    "seconds": [r["seconds"] for r in run.metrics],
+                    "valid_elbo": [r["valid_elbo"] for r in run.metrics],
+                    "valid_log_px": {
+                        int(r["epoch"]): r["valid_log_px"]
+                        for r in run.metrics if "valid_log_px" in r
+                    },
+                })  # fmt: skip
+                last = runs[-1]["valid_log_px"][max(runs[-1]["valid_log_px"])]
+                print(f"training: {prior}, {name}, seed {seed}: log p(x) {last:.3f}")
+    return runs
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Final log p(x) of each estimator over seeds, and its paired difference from Monte Carlo."""
+    rows = []
+    for prior in ("normal", "vamp"):
+        mine = [r for r in runs if r["prior"] == prior]
+        target = min(max(r["valid_elbo"]) for r in mine) - 0.25
+        for name in ESTIMATORS:
+            chosen = [r for r in mine if r["estimator"] == name]
+            if not chosen:
+                continue
+            final = torch.tensor([_final(r) for r in chosen])
+            base = torch.tensor([_final(r) for r in mine if r["estimator"] == "monte_carlo"])
+            gain = final - base
+            n = len(final)
+            rows.append({
+                "prior": prior, "estimator": name, "seeds": n,
+                "log_px": final.mean().item(), "sd": final.std().item(),
+                "gain_over_monte_carlo": gain.mean().item(),
+                "gain_se": (gain.std() / n**0.5).item(),
+                "target_elbo": target,
+                "seconds_to_target": statistics.median(_time_to(r, target) for r in chosen),
+            })  # fmt: skip
+    return rows
+
+
+def _final(run: dict[str, Any]) -> float:
+    return run["valid_log_px"][max(run["valid_log_px"])]
+
+
+def _time_to(run: dict[str, Any], target: float) -> float:
+    reached = zip(run["seconds"], run["valid_elbo"], strict=True)
+    return next((s for s, elbo in reached if elbo >= target), float("inf"))
+
+
+def draw(noise: list[dict[str, Any]], runs: list[dict[str, Any]], title: str) -> Figure:
+    """Gradient variance by stage, and log p(x) through training."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    chosen = [
+        r for r in noise if r["decoder"] == "mlp" and r["batch"] == 64 and r["particles"] == 1
+    ]
+    for latent, marker in ((2, "o"), (10, "s"), (32, "^")):
+        for name, color in COLORS.items():
+            y = [
+                sum(r["variance"] for r in chosen
+                    if (r["latent"], r["estimator"], r["stage"]) == (latent, name, stage))
+                for stage in STAGES
+            ]  # fmt: skip
+            left.plot(list(STAGES), y, marker + "-", color=color, label=f"{name}, {latent} latents")
+    left.set(yscale="log", ylabel="gradient variance / |exact gradient|²", title="noise of a draw")
+    left.legend(fontsize=6)
+    for axes, prior in ((middle, "normal"), (right, "vamp")):
+        for name, color in COLORS.items():
+            mine = [r for r in runs if r["prior"] == prior and r["estimator"] == name]
+            if not mine:
+                continue
+            epochs = list(mine[0]["valid_log_px"])
+            curves = torch.tensor([list(r["valid_log_px"].values()) for r in mine])
+            mean, sd = curves.mean(0), curves.std(0)
+            axes.plot(epochs, mean, color=color, label=name)
+            axes.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2)
+        axes.set(
+            xlabel="epoch", ylabel="validation log p(x), nats", title=f"{title}, {prior} prior"
+        )
+        axes.legend()
+    return figure
+
+
+def main() -> None:
+    """Run the studies and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    digits = pv.datasets.load("digits", binarize="dynamic")
+    if options.data == "digits":
+        data, latent, hidden, epochs, every = digits, 10, [128], 200, 10
+    else:
+        data = pv.datasets.load("mnist", binarize="dynamic")
+        latent, hidden, epochs, every = 50, [200, 200], 20, 2
+    runs = training_study(data, latent, hidden, epochs, every, options.seeds)
+    noise = noise_study(digits, draws=200, repeats=100)
+    results = {
+        "summary": summarise(runs),
+        "milliseconds_a_step": time_study(data, latent, hidden, steps=300),
+        "noise": noise,
+        "by_dimension": dimension_study(digits, draws=500),
+        "training": runs,
+    }
+    for row in results["summary"]:
+        print(row)
+    print(results["milliseconds_a_step"])
+    command = f"python -m benchmarks.kl_estimators --data {options.data}"
+    name = f"kl_estimators_{options.data}"
+    report.write(name, command, results, draw(noise, runs, options.data))
+
+
+if __name__ == "__main__":
+    main()
