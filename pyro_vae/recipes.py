@@ -98,7 +98,7 @@ def build_vae(recipe: Recipe, data: Data) -> VAE:
         likelihood = _look_up(LIKELIHOODS, recipe.likelihood, "likelihood")(recipe, pair.decoder)
         prior = _look_up(PRIORS, recipe.prior, "prior")(recipe)
     likelihood.initialize(data.train_mean())
-    return VAE(prior, likelihood, posterior)
+    return VAE(prior, likelihood, posterior).float()  # whatever torch's default is
 
 
 def build_objective(recipe: Recipe) -> Objective:

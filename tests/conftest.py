@@ -8,6 +8,9 @@ import pyro
 import pytest
 import torch
 
+# tests are small and run in several processes: threads of one would only stand in others' way
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def clean_ground() -> Iterator[None]:

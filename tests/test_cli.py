@@ -1,0 +1,167 @@
+"""The command line, as a user drives it: what it writes, says, refuses and returns."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from pyro_vae.cli import main
+from pyro_vae.training import read_metrics
+
+FAST = ["--hidden", "16", "--epochs", "2", "--batch-size", "256", "--device", "cpu"]
+
+
+class Done(NamedTuple):
+    """What a command said."""
+
+    stdout: str
+    stderr: str
+
+
+def run(*args: str | Path, code: int = 0) -> Done:
+    """Run the command line within this process; its exit code must be `code`."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", ["pyro-vae", *map(str, args)]),
+    ):
+        try:
+            main()
+            found: Any = 0
+        except SystemExit as stop:
+            found = stop.code or 0
+    assert found == code, err.getvalue()
+    return Done(out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    said = run("train", "--out", folder, *FAST).stdout
+    assert str(folder) in said
+    assert "pyro-vae evaluate" in said
+    return folder
+
+
+def test_train_leaves_a_run_folder(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    assert config["recipe"]["data"] == "digits"
+    assert config["recipe"]["hidden"] == [16]
+    assert config["fit"]["epochs"] == 2
+    assert config["versions"]["torch"]
+    rows = read_metrics(trained / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["train_elbo"] == pytest.approx(row["train_reconstruction"] - row["train_kl"])
+    with safe_open(trained / "model.safetensors", "numpy") as file:
+        assert any(name.endswith("weight") for name in file.keys())  # noqa: SIM118
+
+
+def test_config_in_and_out(trained: Path, tmp_path: Path) -> None:
+    run("train", "--config", trained / "config.json", "--out", tmp_path / "b", "--epochs", "1")
+    first = json.loads((trained / "config.json").read_text())
+    second = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert second["recipe"] == first["recipe"]
+    assert second["fit"]["epochs"] == 1  # given on the command line, so it wins
+    assert second["fit"]["batch_size"] == 256
+
+
+def test_unknown_config_entry_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "c.json"
+    config.write_text('{"latnet": 3}')
+    done = run("train", "--config", config, "--out", tmp_path / "run", code=2)
+    assert "latnet" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_samples_and_plots(trained: Path) -> None:
+    said = run("evaluate", trained, "--num-samples", "20", "--limit", "30").stdout
+    assert "log p(x)" in said
+    assert "nats" in said
+    run("sample", trained, "--num", "7")
+    samples = np.load(trained / "samples.npz", allow_pickle=False)
+    assert samples["x"].shape == samples["mean"].shape == (7, 64)
+    assert set(np.unique(samples["x"])) <= {0.0, 1.0}
+    assert ((samples["mean"] > 0) & (samples["mean"] < 1)).all()
+    run("plot", trained)
+    names = {path.stem for path in (trained / "figures").glob("*.png")}
+    assert names == {"training_curves", "reconstructions", "samples", "latent_map", "manifold"}
+
+
+def test_nothing_is_overwritten_unasked(trained: Path) -> None:
+    before = {p: p.read_bytes() for p in trained.iterdir() if p.is_file()}
+    for args in (["train", "--out", trained, *FAST], ["sample", trained], ["evaluate", trained]):
+        for name in ("samples.npz", "evidence.npz"):
+            (trained / name).touch()
+        done = run(*args, code=1)
+        assert "overwrite" in done.stderr
+    assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--data", "digit"], ["digit", "digits", "mnist"]),
+        (["--binarize", "none"], ["Bernoulli", "row", "binarize"]),
+        (["--prior", "nomral"], ["nomral", "normal"]),
+        (["--device", "cuda:99"], ["cuda"]),
+        (["--batch-size", "5000"], ["5000", "1297"]),
+        (["--network", "conv", "--data", "FILE"], ["image"]),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    args: list[str], words: list[str], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", np.eye(20))
+    args = [str(tmp_path / "x.npy") if a == "FILE" else a for a in args]
+    done = run("train", "--out", tmp_path / "run", *args, code=1)
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage_errors_exit_2(tmp_path: Path) -> None:
+    assert "Usage" in run("train", code=2).stderr
+    assert "no-such" in run("evaluate", tmp_path / "no-such", code=2).stderr
+    run("frobnicate", code=2)
+
+
+def test_help_names_every_command() -> None:
+    said = run("--help").stdout
+    for command in ("train", "evaluate", "sample", "plot"):
+        assert command in said
+        assert "Usage" in run(command, "--help").stdout
+
+
+def test_interrupted_run_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
+    args = ["--hidden", "16", "--epochs", "60", "--batch-size", "64", "--device", "cpu"]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    run("train", "--out", whole, *args)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyro_vae", "train", "--out", str(halved), *args],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    while not (halved / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 130
+    assert "resume" in said.lower()
+    assert not (halved / "model.safetensors").exists()
+    run("train", "--out", halved, "--resume")
+    assert (whole / "model.safetensors").read_bytes() == (halved / "model.safetensors").read_bytes()
