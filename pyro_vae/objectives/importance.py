@@ -169,13 +169,7 @@ def _check_nesting(sites: list[tuple[str, programs.Site]], nesting: int) -> None
 
 def _common_scale(sites: list[tuple[str, programs.Site]], plates: list[int]) -> Any:
     """The scale of a datum: one for all its sites, and none from a plate inside the weights."""
-    first_name, first = sites[0]
     for name, site in sites:
-        if not programs.equal(site["scale"], first["scale"]):
-            raise SiteError(
-                f'sites "{first_name}" and "{name}" carry different scales, so the importance '
-                "weights of a datum mean nothing: scale all sites alike, or use ELBO"
-            )
         for frame in site["cond_indep_stack"]:
             subsampled = frame.full_size is not None and frame.full_size != frame.size
             if subsampled and frame.dim not in plates:
@@ -184,6 +178,13 @@ def _common_scale(sites: list[tuple[str, programs.Site]], plates: list[int]) -> 
                     "sites (a latent variable is global), so its scale would enter the importance "
                     "weights: use ELBO, or run on the full data"
                 )
+    first_name, first = sites[0]
+    for name, site in sites:
+        if not programs.equal(site["scale"], first["scale"]):
+            raise SiteError(
+                f'sites "{first_name}" and "{name}" carry different scales, so the importance '
+                "weights of a datum mean nothing: scale all sites alike, or use ELBO"
+            )
     return first["scale"]
 
 
