@@ -12,7 +12,13 @@ from torch.distributions import Independent, kl_divergence
 
 from pyro_vae import programs
 from pyro_vae.errors import AnalyticKLError, ConfigError, SiteError
-from pyro_vae.objectives.base import Estimator, Objective, Terms, check_reparametrized
+from pyro_vae.objectives.base import (
+    Estimator,
+    Objective,
+    Terms,
+    check_reparametrized,
+    frozen_sites,
+)
 from pyro_vae.programs import Run, Site
 from pyro_vae.typing import Program
 
@@ -88,7 +94,7 @@ class ELBO(Objective):
         run = pair.run()
         check_reparametrized(run)
         if self.gradient == "stl" and torch.is_grad_enabled():
-            run = Run(run.model, pair.sites_at(programs.frozen(guide), run.values))
+            run = Run(run.model, frozen_sites(pair, run, run.values))
 
         reconstruction = self._total(run.observed)
         auxiliary = self._total(run.auxiliary)
