@@ -98,10 +98,10 @@ class VAE(nn.Module):
         """Raise `ShapeError` unless encoder and decoder fit a datum like the first rows of `x`."""
         training = self.training
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seeded(0):
                 self.eval()
                 q = self.encode(x[:1], None if context is None else context[:1])
-                p = self.decode(q.mean, None if context is None else context[:1])
+                p = self.decode(q.sample(), None if context is None else context[:1])
         finally:
             self.train(training)
         if p.event_shape != x.shape[1:]:
