@@ -27,9 +27,9 @@ class ContinuousBernoulli(TorchDistribution):
     """Density proportional to exp(logit * x) on [0, 1] (Loaiza-Ganem & Cunningham 2019).
 
     The normaliser, log((e^l - 1) / l) = l/2 + log(sinh(l/2) / (l/2)), has a removable singularity
-    at l = 0 (probability 1/2). torch's `ContinuousBernoulli` replaces it by a Taylor series of the
-    clamped probability within (0.499, 0.501); this one takes the series of log(sinh(h)/h), to
-    rounding, and never forms a probability.
+    at l = 0 (probability 1/2). torch's `ContinuousBernoulli` goes through a clamped probability and
+    is wrong by 0.2 nats a value at a logit of 20 in float32; this one takes the series of
+    log(sinh(h)/h) near 0, to rounding, and never forms a probability.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real}
@@ -63,7 +63,7 @@ class ContinuousBernoulli(TorchDistribution):
 
 def log_sinh_ratio(h: Tensor) -> Tensor:
     """log(sinh(h) / h): even, 0 at 0, close to abs(h) - log(2 abs(h)) far out."""
-    near = h.abs() < 0.3
+    near = h.abs() < 0.1
     s = torch.where(near, h, 0.0) ** 2
     series = s / 6 * (1 - s / 30 * (1 - s * 4 / 63 * (1 - s * 3 / 40 * (1 - s * 8 / 99))))
     a = torch.where(near, 1.0, h.abs())
@@ -72,7 +72,7 @@ def log_sinh_ratio(h: Tensor) -> Tensor:
 
 def langevin(h: Tensor) -> Tensor:
     """coth(h) - 1/h, the derivative of `log_sinh_ratio`."""
-    near = h.abs() < 0.3
+    near = h.abs() < 0.1
     small = torch.where(near, h, 0.0)
     s = small**2
     series = small / 3 * (1 - s / 15 * (1 - s * 2 / 21 * (1 - s / 10 * (1 - s * 10 / 99))))
@@ -242,13 +242,14 @@ class NegativeBinomial(TorchDistribution):
 def log_rising_factorial(a: Tensor, n: Tensor) -> Tensor:
     """log Gamma(a + n) - log Gamma(a) for a > 0 and n >= 0, without cancellation for large a.
 
-    Above 16 the difference of the two Stirling series is taken term by term; three terms of the
-    series leave an error below 1e-11.
+    Above 16 the difference of the two Stirling series is taken term by term; four terms of the
+    series leave an error below 1e-13.
     """
     large = a > 16
 
     def tail(y: Tensor) -> Tensor:
-        return (1 - (1 - 2 / (7 * y**2)) / (30 * y**2)) / (12 * y)
+        s = 1 / y**2
+        return (1 - s / 30 * (1 - s * 2 / 7 * (1 - s * 3 / 4))) / (12 * y)
 
     b = torch.where(large, a, 16.0)
     stirling = (b - 0.5) * (n / b).log1p() + n * (b + n).log() - n + tail(b + n) - tail(b)

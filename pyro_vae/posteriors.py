@@ -199,8 +199,7 @@ class AutoregressiveStep(Transform):
         self._remembered: tuple[Tensor, Tensor] | None = None
 
     def _shift_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        batch = torch.broadcast_shapes(x.shape[:-1], self.context.shape[:-1])
-        shift, gate = self.network(x.expand(*batch, x.shape[-1]), self.context)
+        shift, gate = self.network(x, self.context)
         return shift, gate + 1.5  # starts near the identity: Kingma et al. 2016, app. C.2
 
     def _call(self, x: Tensor) -> Tensor:
@@ -210,6 +209,8 @@ class AutoregressiveStep(Transform):
         return s * x + (1 - s) * shift
 
     def _inverse(self, y: Tensor) -> Tensor:
+        batch = torch.broadcast_shapes(y.shape[:-1], self.context.shape[:-1])
+        y = y.expand(*batch, y.shape[-1])
         x = torch.zeros_like(y)
         for i in self.order:
             shift, gate = self._shift_and_gate(x)
