@@ -106,77 +106,42 @@ class VampPrior(nn.Module):
 
     Args:
         posterior: of the same VAE: a module, or any callable of `(x)` (or `(x, context)`).
-        pseudo_inputs: where they start, `(K, features)`; see `from_data` and `from_mean`.
+        num_pseudo_inputs: K, 500 in the paper.
+        start: training data `(N, features)`, of which K rows are drawn without replacement; or
+            their mean `(features,)`, which K times with Gaussian noise makes the pseudo-inputs.
         bounds: `(low, high)`, the range that pseudo-inputs are kept in, by a scaled sigmoid: none
             reaches an end, and none gets stuck there. None leaves them free.
+        noise: standard deviation of the noise around a mean.
+        seed: of the rows, or of the noise.
 
     Raises:
-        ShapeError: there is not at least one row of pseudo-inputs.
-        ConfigError: `bounds` are not in order.
+        ConfigError: K is less than 1 or more than the rows, or `bounds` are not in order.
+        ShapeError: `start` is a number.
     """
 
     def __init__(
         self,
         posterior: Conditional,
-        pseudo_inputs: Tensor,
+        num_pseudo_inputs: int,
+        start: Tensor,
+        *,
         bounds: tuple[float, float] | None = None,
+        noise: float = 0.01,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if pseudo_inputs.dim() < 2 or len(pseudo_inputs) == 0:
-            raise ShapeError(
-                f"pseudo-inputs are (K, features), K > 0, got shape {tuple(pseudo_inputs.shape)}"
-            )
+        if num_pseudo_inputs < 1:
+            raise ConfigError(f"num_pseudo_inputs must be at least 1, got {num_pseudo_inputs}")
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ConfigError(f"bounds are (low, high), got {bounds}")
         self.posterior = posterior
         self.bounds = bounds
-        start = pseudo_inputs.detach().clone()
+        u = _pseudo_inputs(num_pseudo_inputs, start.detach(), noise, seed)
         if bounds is not None:
             low, high = bounds
             # binary data lie on the ends, where a sigmoid has no gradient: start a little inside
-            start = torch.logit((start - low) / (high - low), eps=0.02)
-        self.raw = nn.Parameter(start)
-
-    @classmethod
-    def from_data(
-        cls,
-        posterior: Conditional,
-        x: Tensor,
-        num_pseudo_inputs: int = 500,
-        bounds: tuple[float, float] | None = None,
-        seed: int = 0,
-    ) -> VampPrior:
-        """Start at rows of the training data `x`, drawn without replacement.
-
-        Raises:
-            ConfigError: there are fewer rows than pseudo-inputs.
-        """
-        if not 0 < num_pseudo_inputs <= len(x):
-            raise ConfigError(f"num_pseudo_inputs={num_pseudo_inputs} of {len(x)} rows of data")
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        return cls(posterior, x[rows[:num_pseudo_inputs].to(x.device)], bounds)
-
-    @classmethod
-    def from_mean(
-        cls,
-        posterior: Conditional,
-        mean: Tensor,
-        num_pseudo_inputs: int = 500,
-        bounds: tuple[float, float] | None = None,
-        noise: float = 0.01,
-        seed: int = 0,
-    ) -> VampPrior:
-        """Start at the training data's mean, `(features,)`, plus Gaussian noise to tell them apart.
-
-        Raises:
-            ConfigError: `num_pseudo_inputs` is less than 1.
-        """
-        if num_pseudo_inputs < 1:
-            raise ConfigError(f"num_pseudo_inputs must be at least 1, got {num_pseudo_inputs}")
-        generator = torch.Generator().manual_seed(seed)
-        shape = (num_pseudo_inputs, *mean.shape)
-        jitter = torch.randn(shape, generator=generator, dtype=mean.dtype).to(mean.device)
-        return cls(posterior, mean + noise * jitter, bounds)
+            u = torch.logit((u - low) / (high - low), eps=0.02)
+        self.raw = nn.Parameter(u)
 
     @property
     def pseudo_inputs(self) -> Tensor:
@@ -195,6 +160,20 @@ class VampPrior(nn.Module):
             components = self.posterior(each, context.unsqueeze(-2))
         logits = u.new_zeros(components.batch_shape)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+
+
+def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tensor:
+    """Where a `VampPrior` starts: rows of the data, or noise around their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    if start.dim() == 0:
+        raise ShapeError("pseudo-inputs start at data (N, features) or their mean (features,)")
+    if start.dim() == 1:
+        jitter = torch.randn((number, len(start)), generator=generator, dtype=start.dtype)
+        return start + noise * jitter.to(start.device)
+    if number > len(start):
+        raise ConfigError(f"{number} pseudo-inputs cannot start at {len(start)} rows of data")
+    rows = torch.randperm(len(start), generator=generator)[:number]
+    return start[rows.to(start.device)].clone()
 
 
 class Flow(nn.Module):

@@ -86,13 +86,16 @@ def test_mixture_learned_or_fixed():
         (lambda: priors.GaussianMixture(torch.zeros(3, 2), weights=torch.ones(2)), ShapeError),
         (lambda: priors.GaussianMixture(torch.zeros(3, 2), 0.0), ConfigError),
         (lambda: priors.GaussianMixture(torch.zeros(2, 2), weights=torch.zeros(2)), ConfigError),
-        (lambda: priors.VampPrior(torch.nn.Identity(), torch.zeros(0, 2)), ShapeError),
-        (lambda: priors.VampPrior(torch.nn.Identity(), torch.zeros(1, 2), (1, 0)), ConfigError),
+        (lambda: priors.VampPrior(torch.nn.Identity(), 3, torch.tensor(0.0)), ShapeError),
         (
-            lambda: priors.VampPrior.from_data(torch.nn.Identity(), torch.zeros(3, 2), 4),
+            lambda: priors.VampPrior(torch.nn.Identity(), 1, torch.zeros(2), bounds=(1, 0)),
             ConfigError,
         ),
-        (lambda: priors.VampPrior.from_mean(torch.nn.Identity(), torch.zeros(2), 0), ConfigError),
+        (
+            lambda: priors.VampPrior(torch.nn.Identity(), 4, torch.zeros(3, 2)),
+            ConfigError,
+        ),
+        (lambda: priors.VampPrior(torch.nn.Identity(), 0, torch.zeros(2)), ConfigError),
         (lambda: priors.Flow.spline(1), ConfigError),
     ],
 )
@@ -106,7 +109,7 @@ def test_what_means_nothing_is_refused(make, error):
 
 def test_vamp_is_the_mean_of_the_posteriors_at_its_pseudo_inputs():
     q = posteriors.DiagonalNormal(MLP(5, [6], 4))
-    prior = priors.VampPrior(q, torch.rand(7, 5))
+    prior = priors.VampPrior(q, 7, torch.rand(7, 5))
     z = torch.randn(3, 2)
     components = q(prior.pseudo_inputs).base_dist
     loc, scale = components.loc.detach().numpy(), components.scale.detach().numpy()
@@ -122,21 +125,21 @@ def test_vamp_of_every_posterior_is_a_density(family):
         "full": lambda: posteriors.FullRankNormal(MLP(5, [6], 5), 2),
         "flow": lambda: posteriors.InverseAutoregressiveFlow(MLP(5, [6], 7), 2, 3),
     }[family]()
-    prior = priors.VampPrior(q, 3 * torch.randn(3, 5))
+    prior = priors.VampPrior(q, 3, 3 * torch.randn(3, 5))
     with torch.no_grad():
         expect_density_of_its_draws(prior(), atol=1e-4)
 
 
 def test_vamp_trains_encoder_and_pseudo_inputs():
     q = posteriors.DiagonalNormal(MLP(5, [6], 4))
-    prior = priors.VampPrior(q, torch.rand(7, 5), bounds=(0, 1))
+    prior = priors.VampPrior(q, 7, torch.rand(7, 5), bounds=(0, 1))
     prior().log_prob(torch.randn(2)).backward()
     assert all(p.grad.abs().sum() > 0 for p in prior.parameters())
 
 
 def test_vamp_shares_the_guides_encoder_and_counts_it_once():
     q = posteriors.DiagonalNormal(MLP(4, [6], 4))
-    prior = priors.VampPrior(q, torch.rand(3, 4))
+    prior = priors.VampPrior(q, 3, torch.rand(3, 4))
     vae = pv.VAE(prior, likelihoods.Bernoulli(MLP(2, [6], 4)), q)
     parameters = list(vae.parameters())
     assert len({id(p) for p in parameters}) == len(parameters)
@@ -154,12 +157,12 @@ def test_vamp_shares_the_guides_encoder_and_counts_it_once():
 def test_pseudo_inputs_start_at_data_and_stay_in_bounds():
     x = torch.randint(0, 2, (50, 4)).double()
     q = posteriors.DiagonalNormal(MLP(4, [], 4))
-    free = priors.VampPrior.from_data(q, x, 20)
+    free = priors.VampPrior(q, 20, x)
     rows = {tuple(r.tolist()) for r in x}
     assert {tuple(r.tolist()) for r in free.pseudo_inputs} <= rows
-    again = priors.VampPrior.from_data(q, x, 20)
+    again = priors.VampPrior(q, 20, x)
     torch.testing.assert_close(free.pseudo_inputs, again.pseudo_inputs, rtol=0, atol=0)
-    bounded = priors.VampPrior.from_data(q, x, 20, bounds=(0, 1))
+    bounded = priors.VampPrior(q, 20, x, bounds=(0, 1))
     torch.testing.assert_close(bounded.pseudo_inputs, free.pseudo_inputs, atol=0.021, rtol=0)
     with torch.no_grad():
         bounded.raw.add_(1e3 * torch.randn_like(bounded.raw))
@@ -169,14 +172,14 @@ def test_pseudo_inputs_start_at_data_and_stay_in_bounds():
 def test_pseudo_inputs_start_around_the_mean():
     mean = torch.tensor([0.2, 5.0, -1.0])
     q = posteriors.DiagonalNormal(MLP(3, [], 4))
-    u = priors.VampPrior.from_mean(q, mean, 500, noise=0.1).pseudo_inputs.detach()
+    u = priors.VampPrior(q, 500, mean, noise=0.1).pseudo_inputs.detach()
     assert ((u.mean(0) - mean).abs() < 4.5 * 0.1 / 500**0.5).all()
     assert u.std(0).numpy() == pytest.approx(0.1, rel=0.2)
 
 
 def test_vamp_with_a_context_encodes_the_pseudo_inputs_with_it():
     q = posteriors.DiagonalNormal(MLP(4 + 2, [6], 4))
-    prior = priors.VampPrior(q, torch.rand(3, 4))
+    prior = priors.VampPrior(q, 3, torch.rand(3, 4))
     context, z = torch.randn(5, 2), torch.randn(5, 2)
     p = prior(context)
     assert p.batch_shape == (5,)

@@ -17,7 +17,7 @@ PRIORS = {
     "standard normal": lambda q: P.StandardNormal(LATENT),
     "fixed mixture": lambda q: P.GaussianMixture(torch.randn(3, LATENT), 0.5, learned=False),
     "learned mixture": lambda q: P.GaussianMixture(torch.randn(3, LATENT)),
-    "vamp": lambda q: P.VampPrior(q, torch.rand(3, FEATURES), bounds=(0.0, 1.0)),
+    "vamp": lambda q: P.VampPrior(q, 3, torch.rand(3, FEATURES), bounds=(0.0, 1.0)),
     "flow": lambda q: P.Flow.spline(LATENT, transforms=2, hidden=(8,)),
     "Laplace callable": lambda q: lambda: dist.Laplace(torch.zeros(LATENT), 1.0).to_event(1),
     "Student callable": lambda q: lambda: dist.StudentT(5.0, torch.zeros(LATENT)).to_event(1),
