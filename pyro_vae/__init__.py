@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae import errors, likelihoods, networks, posteriors, priors
+from pyro_vae import distributions, errors, likelihoods, networks, posteriors, priors, schedules
 from pyro_vae.data import Data, Split
+from pyro_vae.diagnostics import active_units
 from pyro_vae.objectives import ELBO, IWAE, MIWAE
 from pyro_vae.vae import VAE
 
@@ -20,7 +21,9 @@ __all__ = [
     "Data",
     "Run",
     "Split",
+    "active_units",
     "datasets",
+    "distributions",
     "errors",
     "fit",
     "likelihoods",
@@ -31,6 +34,7 @@ __all__ = [
     "priors",
     "read_metrics",
     "save_weights",
+    "schedules",
     "training",
 ]
 
