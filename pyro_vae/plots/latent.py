@@ -146,7 +146,7 @@ def _contours(axes: Axes, prior: Distribution, directions: Tensor) -> None:
     height = density(grid).reshape(GRID, GRID).cpu().numpy()
     names = {level: f"{mass:.0%}" for level, mass in zip(levels.tolist(), MASSES, strict=True)}
     lines = axes.contour(
-        x.cpu(), y.cpu(), height, levels=sorted(names), colors=style.INK, linewidths=0.9,
+        x.cpu(), y.cpu(), height, levels=sorted(names), colors=style.INK, linewidths=0.8,
         linestyles="solid", zorder=3,
     )  # fmt: skip
     axes.clabel(lines, fmt=names, fontsize=style.TICK)
@@ -163,7 +163,7 @@ def _density(prior: Distribution, directions: Tensor, draws: Tensor) -> tuple[An
     from scipy.stats import gaussian_kde
 
     kernel = gaussian_kde(seen[:2000].double().cpu().numpy().T)
-    return lambda z: torch.as_tensor(kernel.logpdf(z.double().cpu().numpy().T)), seen
+    return lambda z: torch.as_tensor(kernel.logpdf(z.double().cpu().numpy().T)).to(z), seen
 
 
 def _histograms(prior: Distribution, means: Tensor, classes: NDArray[Any] | None) -> Figure:
