@@ -12,6 +12,7 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
+from pyro_vae import programs
 from pyro_vae.errors import ParameterStoreError, ShapeError
 from pyro_vae.likelihoods import check_finite
 from pyro_vae.seeding import seeded
@@ -96,14 +97,9 @@ class VAE(nn.Module):
 
     def check_shape(self, x: Tensor, context: Tensor | None = None) -> None:
         """Raise `ShapeError` unless encoder and decoder fit a datum like the first rows of `x`."""
-        training = self.training
-        try:
-            with torch.no_grad():
-                self.eval()
-                q = self.encode(x[:1], None if context is None else context[:1])
-                p = self.decode(q.mean, None if context is None else context[:1])
-        finally:
-            self.train(training)
+        with torch.no_grad(), programs.evaluating(self):
+            q = self.encode(x[:1], None if context is None else context[:1])
+            p = self.decode(q.mean, None if context is None else context[:1])
         if p.event_shape != x.shape[1:]:
             raise ShapeError(
                 f"the likelihood is over data of shape {tuple(p.event_shape)}, "
