@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_gradient_clipping_clips() -> None:
             optimizer=lambda p: torch.optim.SGD(p, 1.0),
             trackers=[lambda _: steps.append(copy_weights(vae)) or {}],
         )  # fmt: skip
-        pairs = zip(steps, steps[1:], strict=False)
+        pairs = pairwise(steps)
         return [math.sqrt(sum(float(((b[n] - a[n]) ** 2).sum()) for n in a)) for a, b in pairs]
 
     assert min(updates(None)) > 10 * clip
@@ -371,8 +372,33 @@ def test_a_parameter_outside_the_modules_is_refused() -> None:
     class Pair:
         model, guide = Model(), small_vae().guide
 
-    with pytest.raises(SiteError, match='pyro.param "scale" belongs to no module'):
+    with pytest.raises(SiteError, match=r'pyro\.param "scale" belongs to no module'):
         train(Pair(), binary(48))
+
+
+def test_frozen_parts_stay_and_are_saved(tmp_path: Path) -> None:
+    vae = small_vae()
+    vae.guide.requires_grad_(False)
+    before = copy_weights(vae)
+    train(vae, out=tmp_path / "run")
+    moved = {name for name, tensor in copy_weights(vae).items() if not tensor.equal(before[name])}
+    assert moved == {name for name in before if name.startswith("model.")}
+    other = small_vae(seed=1)
+    pv.load_weights(other, tmp_path / "run" / "model.safetensors")
+    assert identical(vae, other)
+
+
+def test_the_trial_before_training_changes_no_mode_and_no_statistic() -> None:
+    vae = small_vae()
+    norm = nn.BatchNorm1d(4)
+    vae.guide.posterior.network.layers.append(norm)
+    frozen = nn.BatchNorm1d(4).eval()
+    vae.guide.posterior.network.layers.append(frozen)
+    vae.check_shape(binary(2))
+    assert norm.training
+    assert not frozen.training
+    train(vae, binary(48), epochs=2)
+    assert int(norm.num_batches_tracked) == 2 * 3
 
 
 def test_a_user_model_with_context_from_a_loader() -> None:

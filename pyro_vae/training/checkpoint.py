@@ -1,14 +1,15 @@
 """Checkpoints: any tree of tensors and plain values in one safetensors file, no code in it.
 
 A tree is made of dicts, lists, tuples, tensors, numbers, strings, booleans and None. Its tensors
-are stored as tensors and the rest as JSON in the file's header. Writing is atomic: whatever
-happens, the file on disk is a whole one, the old or the new.
+are stored as tensors and the rest as JSON in the file's header, with a checksum. Writing is
+atomic: whatever happens, the file on disk is a whole one, the old or the new.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import CheckpointError
 
 HEADER = "pyro_vae"
+CHECKSUM = "crc32"
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -33,7 +35,8 @@ def save_tree(path: Path, tree: Any) -> None:
     encoder = _Encoder()
     header = json.dumps(encoder.encode(tree, ""))
     part = path.with_name(f".{path.name}.part")
-    safetensors.torch.save_file(encoder.tensors, part, metadata={HEADER: header})
+    metadata = {HEADER: header, CHECKSUM: _checksum(header, encoder.tensors)}
+    safetensors.torch.save_file(encoder.tensors, part, metadata=metadata)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -55,6 +58,8 @@ def load_tree(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
     if HEADER not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but not one of pyro_vae")
+    if metadata.get(CHECKSUM) != _checksum(metadata[HEADER], tensors):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its contents")
     try:
         return _decode(json.loads(metadata[HEADER]), tensors)
     except (KeyError, TypeError, ValueError) as error:
@@ -112,6 +117,14 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     if not isinstance(tree, dict) or "weights" not in tree:
         raise CheckpointError(f"{path} holds no weights")
     set_weights(module, tree["weights"])
+
+
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of it all: safetensors itself notices a missing byte, but not a changed one."""
+    crc = zlib.crc32(header.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 class _Encoder:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +94,9 @@ def try_program(vae: Any, objective: Objective, batches: Sequence[Batch]) -> Ter
     for batch in batches:
         try:
             with programs.evaluating(vae.model, vae.guide):
-                if hasattr(vae, "check_shape"):
-                    vae.check_shape(*batch)
                 with pyro.validation_enabled(False):
+                    if hasattr(vae, "check_shape"):
+                        vae.check_shape(*batch)
                     loss = objective.terms(vae.model, vae.guide, *batch).loss
                     guard.check_terms(loss, batch, 0, "before the first step")
                 with pyro.validation_enabled(True):
@@ -127,3 +129,11 @@ def check_parameters(weights: nn.Module, store: ParamStoreDict) -> list[nn.Param
     if not trained:
         raise ConfigError("model and guide have no parameters to train")
     return trained
+
+
+@contextmanager
+def frozen_parameters_allowed() -> Iterator[None]:
+    """Without pyro.module's remark, at every step, on every parameter that wants no gradient."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store")
+        yield

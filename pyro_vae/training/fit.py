@@ -16,7 +16,13 @@ from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.seeding import seeded
 from pyro_vae.training import checkpoint
 from pyro_vae.training.batches import sources
-from pyro_vae.training.checks import check_arguments, check_parameters, try_program, weights_of
+from pyro_vae.training.checks import (
+    check_arguments,
+    check_parameters,
+    frozen_parameters_allowed,
+    try_program,
+    weights_of,
+)
 from pyro_vae.training.devices import launch, parameter_dtype
 from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
 from pyro_vae.training.loop import Loop, MeanTerms, Tracker
@@ -131,7 +137,7 @@ def fit(
     weights = weights_of(vae)
     fabric = launch(device, devices, precision)
     folder = None if out is None else Path(out)
-    with seeded(seed), pyro.get_param_store().scope():
+    with seeded(seed), pyro.get_param_store().scope(), frozen_parameters_allowed():
         train, valid = sources(vae, data, batch_size, fabric, parameter_dtype(weights, precision))
         weights.to(fabric.device)
         if precision == "64-true":

@@ -203,7 +203,7 @@ class Loop:
         self._set_kl_factor(1.0)
         seed = derive(self.seed, VALIDATION)
         sums = torch.zeros_like(self.state.sums)
-        place = f"in validation after epoch {self.state.epoch}"
+        place = f"in validation after step {self.state.step} (epoch {self.state.epoch})"
         with programs.evaluating(self.weights), seeded(seed):
             for batch in valid.epoch(seed):
                 self._add(self.module(*batch), batch, sums)
