@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
-from pyro_vae import programs
-from pyro_vae.errors import ConfigError, DeviceError
-from pyro_vae.likelihoods import check_finite
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.seeding import seeded
 from pyro_vae.training import checkpoint
-from pyro_vae.training.batches import Batches, Resident, Streamed, as_split
-from pyro_vae.training.folder import MODEL, describe, prepare_folder
+from pyro_vae.training.batches import sources
+from pyro_vae.training.checks import (
+    check_arguments,
+    check_parameters,
+    frozen_parameters_allowed,
+    try_program,
+    weights_of,
+)
+from pyro_vae.training.devices import launch, parameter_dtype
+from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
 from pyro_vae.training.loop import Loop, MeanTerms, Tracker
 from pyro_vae.training.metrics import Row
 
@@ -88,8 +90,10 @@ def fit(
         learning_rate: of the default optimizer, Adam.
         optimizer: makes one from the parameters, in place of Adam.
         scheduler: makes one of torch's learning-rate schedulers from the optimizer; it is stepped
-            once an epoch, a `ReduceLROnPlateau` with the validation loss.
-        kl_schedule: maps the step (from 0) to a factor of the objective's KL weight.
+            once an epoch, a `ReduceLROnPlateau` with the validation loss (that of training, where
+            there is no validation).
+        kl_schedule: maps the step (from 0) to a factor of the objective's KL weight, which is put
+            back afterwards. Validation always has the objective's own weight.
         gradient_clip: largest norm of the gradient (of the loss per datum).
         patience: stop after this many epochs without gain in validation loss, and go back to the
             best weights.
@@ -98,11 +102,15 @@ def fit(
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
         devices: processes, each with a device of its own; more than one runs the script anew in
             each (Lightning Fabric's "ddp").
-        precision: Fabric's: "32-true", "64-true", "bf16-mixed", "16-mixed".
+        precision: "32-true" leaves parameters as they are (torch's default dtype), "64-true" makes
+            them float64, "bf16-mixed" takes matrix products in bfloat16. (float16 is left out: sums
+            of log-likelihoods overflow it, and its loss scaling steps over infinite gradients.)
         seed: of everything random here; the weights are drawn before, by whoever makes the `vae`.
-        out: run folder: config.json, metrics.csv, checkpoint.safetensors (each epoch, and on
-            Ctrl-C), model.safetensors (the weights in the end). None writes nothing.
-        resume: go on from the checkpoint in `out`.
+            torch's generators are put back afterwards.
+        out: run folder: config.json, metrics.csv, checkpoint.safetensors (at the start, each epoch,
+            and on Ctrl-C), model.safetensors (the weights in the end). None writes nothing.
+        resume: go on from the checkpoint in `out`, with the settings of that run; only `epochs` and
+            `device` may differ.
         overwrite: replace what a run left in `out`.
         config: further entries of config.json.
         tensorboard: also write event files, into `out/tensorboard`.
@@ -116,150 +124,81 @@ def fit(
             device, the data or the program is not fit for training.
         RunExistsError, RunPermissionError, CheckpointError: of the run folder.
         NonFiniteError: loss, gradient or parameter became NaN or infinite; names the step, the
-            term, the site and what to try.
+            term and site or the parameter, and what to try. On a GPU the loss is read every 50
+            steps, so the step is that of discovery.
         KeyboardInterrupt: after Ctrl-C, the state saved in `out`.
     """
     objective = ELBO(kl="auto") if objective is None else objective
-    _check_arguments(objective, epochs, kl_schedule, patience, data, out, resume)
-    fabric = _fabric(device, devices, precision)
-    weights = vae if isinstance(vae, nn.Module) else nn.ModuleList([vae.model, vae.guide])
-    dtype = _dtype(weights)
-    check = getattr(vae, "check", check_finite)
-    train = _batches(getattr(data, "train", data), batch_size, fabric, dtype, check)
-    held_out = getattr(data, "valid", None)
-    valid = None if held_out is None else _fixed_batches(held_out, batch_size, fabric, dtype, check)
-
+    check_arguments(
+        objective, data, epochs=epochs, learning_rate=learning_rate, kl_schedule=kl_schedule,
+        gradient_clip=gradient_clip, patience=patience, seed=seed, out=out, resume=resume,
+        overwrite=overwrite, tensorboard=tensorboard,
+    )  # fmt: skip
+    weights = weights_of(vae)
+    fabric = launch(device, devices, precision)
     folder = None if out is None else Path(out)
-    with pyro.get_param_store().scope():
+    with seeded(seed), pyro.get_param_store().scope(), frozen_parameters_allowed():
+        train, valid = sources(vae, data, batch_size, fabric, parameter_dtype(weights, precision))
         weights.to(fabric.device)
-        estimators = _try(vae, objective, train.first())
-        parameters = [p for p in weights.parameters() if p.requires_grad]
-        make = optimizer or (lambda p: torch.optim.Adam(p, learning_rate, fused=True))
-        opt = make(parameters)
+        if precision == "64-true":
+            weights.double()
+        samples = [batches.first() for batches in (train, valid) if batches is not None]
+        estimators = try_program(vae, objective, samples).estimators
+        parameters = check_parameters(weights, pyro.get_param_store())
+        opt = optimizer(parameters) if optimizer else Adam(parameters, learning_rate, fused=True)
+        schedule = None if scheduler is None else scheduler(opt)
         loop = Loop(
-            fabric, MeanTerms(objective, vae.model, vae.guide), weights, opt,
-            None if scheduler is None else scheduler(opt),
+            fabric, MeanTerms(objective, vae.model, vae.guide), weights, opt, schedule,
             seed=seed, gradient_clip=gradient_clip, kl_schedule=kl_schedule, patience=patience,
-            trackers=trackers, progress=progress,
+            trackers=trackers,
         )  # fmt: skip
         settings = {
-            "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
-            "objective": describe(objective), "gradient_clip": gradient_clip, "patience": patience,
-            "device": str(fabric.device), "devices": devices, "precision": precision, "seed": seed,
+            "epochs": epochs, "batch_size": batch_size, "batches": len(train),
+            "objective": describe(objective), "kl_schedule": kl_schedule is not None,
+            "learning_rate": learning_rate, "optimizer": type(opt).__name__,
+            "scheduler": None if schedule is None else type(schedule).__name__,
+            "gradient_clip": gradient_clip, "patience": patience, "device": str(fabric.device),
+            "devices": devices, "precision": precision, "seed": seed,
         }  # fmt: skip
-        if folder is not None and fabric.is_global_zero:
-            prepare_folder(folder, resume, overwrite, {**(config or {}), "fit": settings}, data)
-        fabric.barrier()
-        if resume and folder is not None:
-            loop.load(folder)
+        if folder is not None:
+            _prepare(loop, folder, resume, overwrite, {**(config or {}), "fit": settings}, data)
         try:
-            stopped = loop.run(train, valid, epochs, folder, tensorboard)
+            stopped = loop.run(
+                train, valid, epochs, folder, tensorboard=tensorboard, progress=progress
+            )
         except KeyboardInterrupt:
             _say_goodbye(loop, folder)
             raise
     state = loop.state
-    if patience is not None and state.best_weights is not None:
+    if state.best_weights is not None:
         checkpoint.set_weights(weights, state.best_weights)
     if folder is not None and fabric.is_global_zero:
         checkpoint.save_weights(weights, folder / MODEL)
     return Run(state.rows, state.best_epoch, stopped, estimators, folder)
 
 
-def _check_arguments(
-    objective: Objective,
-    epochs: int,
-    kl_schedule: Callable[[int], float] | None,
-    patience: int | None,
-    data: Any,
-    out: str | Path | None,
-    resume: bool,
+def _prepare(
+    loop: Loop, folder: Path, resume: bool, overwrite: bool, config: Mapping[str, Any], data: Any
 ) -> None:
-    if not isinstance(objective, Objective):
-        raise ConfigError(
-            f"fit needs one of this library's objectives, got {type(objective).__name__}; "
-            "train with others through pyro.infer.SVI"
-        )
-    if epochs < 1:
-        raise ConfigError(f"epochs must be at least 1, got {epochs}")
-    if kl_schedule is not None and not hasattr(objective, "kl_weight"):
-        raise ConfigError(f"{type(objective).__name__} has no KL weight for kl_schedule to change")
-    if patience is not None and getattr(data, "valid", None) is None:
-        raise ConfigError(f"patience={patience} needs validation data, and there is none")
-    if resume and out is None:
-        raise ConfigError("resume=True needs out=, the folder to resume from")
-
-
-def _fabric(device: str, devices: int, precision: str) -> Fabric:
-    """A launched Fabric on the device asked for."""
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f'device is "auto", "cpu", "cuda" or "cuda:N", got {device!r}')
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device={device!r} was asked for, and torch sees no CUDA device")
-    if index and int(index) >= torch.cuda.device_count():
-        raise DeviceError(f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    try:
-        fabric = Fabric(
-            accelerator=kind,
-            devices=[int(index)] if index else devices,
-            strategy="auto" if devices == 1 else "ddp",
-            precision=precision,  # type: ignore[arg-type]
-        )
-    except ValueError as error:
-        raise ConfigError(f"precision={precision!r}, devices={devices}: {error}") from error
-    fabric.launch()
-    return fabric
-
-
-def _batches(
-    data: Any, batch_size: int, fabric: Fabric, dtype: torch.dtype, check: Callable[[Tensor], None]
-) -> Batches:
-    if isinstance(data, DataLoader):
-        return Streamed(data, fabric.device, dtype, check)
-    split = as_split(data)
-    check_finite(split.x)
-    check(split.x if split.draw is None else split.fixed().x)
-    return Resident(split, batch_size, fabric.device, dtype, fabric.global_rank, fabric.world_size)
-
-
-def _fixed_batches(
-    data: Any, batch_size: int, fabric: Fabric, dtype: torch.dtype, check: Callable[[Tensor], None]
-) -> Batches:
-    """Validation data: drawn once, and seen whole by every process."""
-    if isinstance(data, DataLoader):
-        return Streamed(data, fabric.device, dtype, check)
-    split = as_split(data).fixed()
-    check(split.x)
-    return Resident(split, min(batch_size, len(split)), fabric.device, dtype)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters()), torch.get_default_dtype())
-
-
-def _try(vae: Any, objective: Objective, batch: tuple[Any, ...]) -> Mapping[str, str]:
-    """Run the objective once on a small batch, so that what cannot work fails before writing."""
-    if hasattr(vae, "check_shape"):
-        vae.check_shape(*batch)
-    with (
-        seeded(0),
-        pyro.validation_enabled(True),
-        torch.no_grad(),
-        programs.evaluating(vae.model, vae.guide),
-    ):
-        return objective.terms(vae.model, vae.guide, *batch).estimators
+    """Make the run folder, or take up the run in it; what is refused leaves it untouched."""
+    if resume:
+        check_resumable(folder, config["fit"])
+        loop.load(folder)
+    if loop.fabric.is_global_zero:
+        if not resume:
+            check_free(folder, overwrite)
+        write_config(folder, config, data, fresh=not resume)
+    loop.fabric.barrier()
 
 
 def _say_goodbye(loop: Loop, folder: Path | None) -> None:
     if not loop.fabric.is_global_zero:
         return
-    state = loop.state
-    where = f"Interrupted in epoch {state.epoch + 1}, after step {state.step}"
+    where = f"Interrupted in epoch {loop.state.epoch + 1}, after step {loop.state.step}"
     if folder is None:
         print(f"{where}; nothing was saved, for fit had no out= folder.")
     else:
         print(
-            f"{where}; saved in {folder}. Resume with fit(..., out={str(folder)!r}, resume=True)."
+            f"{where}; {folder} holds the state after step {loop.saved_step}. "
+            f"Resume with fit(..., out={str(folder)!r}, resume=True)."
         )
