@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from pyro_vae.training.folder import versions
+from pyro_vae.provenance import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,6 +11,7 @@ from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
     from pyro_vae import datasets, plots, training
+    from pyro_vae.evidence import Evidence, log_marginal
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MIWAE",
     "VAE",
     "Data",
+    "Evidence",
     "Run",
     "Split",
     "active_units",
@@ -28,6 +30,7 @@ __all__ = [
     "fit",
     "likelihoods",
     "load_weights",
+    "log_marginal",
     "networks",
     "plots",
     "posteriors",
@@ -40,9 +43,11 @@ __all__ = [
 
 # loaded at first use, so that `import pyro_vae` costs little more than `import pyro`
 _HOMES = {
+    "Evidence": "pyro_vae.evidence",
     "Run": "pyro_vae.training",
     "fit": "pyro_vae.training",
     "load_weights": "pyro_vae.training",
+    "log_marginal": "pyro_vae.evidence",
     "read_metrics": "pyro_vae.training",
     "save_weights": "pyro_vae.training",
 }

@@ -6,6 +6,8 @@ callables, not only this library's `VAE`. All log-densities are in nats.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -244,10 +246,38 @@ class _DetachParams(Messenger):
             msg["value"] = msg["value"].detach()
 
 
+def modules_of(*programs: Program) -> list[nn.Module]:
+    """The modules that programs are made of: a module itself, the owner of a bound method, and
+    what functions (handlers of `poutine` among them) hold in closures, partials and globals."""
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+
+    def look(thing: Any) -> None:
+        if id(thing) in seen:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found.setdefault(id(thing), thing)
+        elif isinstance(thing, functools.partial):
+            for part in (thing.func, *thing.args, *thing.keywords.values()):
+                look(part)
+        elif inspect.ismethod(thing):
+            look(thing.__self__)
+            look(thing.__func__)
+        elif inspect.isfunction(thing):
+            held = inspect.getclosurevars(thing)
+            for part in (*held.nonlocals.values(), *held.globals.values()):
+                look(part)
+
+    for program in programs:
+        look(program)
+    return list(found.values())
+
+
 @contextmanager
 def evaluating(*programs: Program) -> Iterator[None]:
-    """Modules among `programs` in evaluation mode, and every submodule as it was afterwards."""
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    """The modules of `programs` in evaluation mode, and every submodule as it was afterwards."""
+    modules = [m for module in modules_of(*programs) for m in module.modules()]
     modes = [m.training for m in modules]
     try:
         for module in modules:

@@ -1,7 +1,7 @@
 """Training: `fit`, its run folder, and checkpoints without code in them."""
 
 from pyro_vae.training.checkpoint import load_weights, save_weights
-from pyro_vae.training.fit import Run, fit
+from pyro_vae.training.job import Run, fit
 from pyro_vae.training.metrics import read_metrics
 
 __all__ = ["Run", "fit", "load_weights", "read_metrics", "save_weights"]

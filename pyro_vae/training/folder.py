@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.errors import CheckpointError, RunExistsError, RunPermissionError
 from pyro_vae.objectives import Objective
+from pyro_vae.provenance import versions
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
@@ -88,17 +87,6 @@ def _describe_data(data: Any) -> dict[str, Any]:
         "name": getattr(data, "name", type(data).__name__),
         "preparation": getattr(data, "preparation", {}),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("pyro-vae", "pyro-ppl", "torch", "numpy", "lightning-fabric"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def describe(objective: Objective) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""Draws from the guide that depend on the seed and the row alone, not on how work is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_vae import programs
+from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push
+from pyro_vae.evidence.target import Target, check_same_sites
+from pyro_vae.programs import Site
+from pyro_vae.seeding import derive, seeded
+
+Noise = Callable[[str, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of the latent variables of some rows.
+
+    Attributes:
+        values: by site, `(num_draws, *batch, *event)`.
+        log_q: log-density of the guide, `(num_draws, rows)`.
+        log_wide: log-density of the inflated guide, or None where the guide is no map of noise.
+    """
+
+    values: dict[str, Tensor]
+    log_q: Tensor
+    log_wide: Tensor | None
+
+
+class Guide:
+    """The guide of a target, as a source of draws.
+
+    Where all its distributions are maps of normal noise z = T(u), the guide runs once for all
+    rows, and each row's noise comes from a stream of its own. Any other guide runs row by row.
+
+    Attributes:
+        is_map: whether all its distributions are such maps.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        with torch.random.fork_rng(), torch.no_grad():
+            pair = target.pair(range(1), 1)
+            sites = _sites(poutine.trace(self.target.guide).get_trace(*pair.args))
+        self.is_map = all(is_pushforward(site["fn"]) for site in sites.values())
+
+    def draw(
+        self, rows: range, num_draws: int, seeds: list[int], scales: Tensor, inflation: float
+    ) -> Draws:
+        """Draws for every row, each from its own seed.
+
+        Args:
+            scales: `(num_draws,)`: what the noise is multiplied with, 1 or `inflation`. Guides
+                that are no maps take 1 only.
+            inflation: scale of the noise in `log_wide`.
+        """
+        if not self.is_map:
+            parts = [
+                self._draw_row(row, num_draws, seed) for row, seed in zip(rows, seeds, strict=True)
+            ]
+            return _join(parts, self.target)
+        streams = _Streams(seeds, self.target, scales)
+        return self.place(rows, num_draws, streams, inflation)
+
+    def place(self, rows: range, num_draws: int, noise: Noise, inflation: float = 1.0) -> Draws:
+        """Run the guide with the noise given, by the name and distribution of a site."""
+        target = self.target
+        pair = target.pair(rows, num_draws)
+        placed = Place(noise)
+        with placed:
+            sites = _sites(poutine.trace(pair._vectorized(target.guide)).get_trace(*pair.args))
+        check_same_sites(sites, target.guide_sites, "guide", rows)
+
+        def log_density(name: str, site: Site, scale: float) -> Tensor:
+            squares, log_det = placed.squares[name], placed.log_det[name]
+            size = site["fn"].event_shape.numel()
+            log_q = log_normal(squares, size, scale) - log_det
+            return target.within(programs.masked(site, log_q))
+
+        log_q, log_wide = (
+            torch.as_tensor(sum(log_density(name, site, scale) for name, site in sites.items()))
+            for scale in (1.0, inflation)
+        )
+        return Draws(_leading(sites, num_draws), log_q, log_wide)
+
+    def _draw_row(self, row: int, num_draws: int, seed: int) -> Draws:
+        rows = range(row, row + 1)
+        pair = self.target.pair(rows, num_draws)
+        with seeded(seed):
+            trace = poutine.trace(pair._vectorized(self.target.guide)).get_trace(*pair.args)
+        sites = _sites(trace)
+        check_same_sites(sites, self.target.guide_sites, "guide", rows)
+        log_q = sum(self.target.within(programs.log_prob(site)) for site in sites.values())
+        return Draws(_leading(sites, num_draws), torch.as_tensor(log_q), None)
+
+
+class Place(Messenger):
+    """Draw every latent site of a program by pushing given noise through its distribution.
+
+    Attributes:
+        squares: by site, sum of u² over the event.
+        log_det: by site, log |dT/du|.
+    """
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+        self.squares: dict[str, Tensor] = {}
+        self.log_det: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"] or isinstance(msg["fn"], _Subsample):
+            return
+        name, fn = msg["name"], msg["fn"]
+        u = self.noise(name, fn)
+        msg["value"], self.log_det[name] = push(fn, u)
+        event = tuple(range(-len(fn.event_shape), 0))
+        self.squares[name] = u.square().sum(event) if event else u.square()
+        msg["done"] = True
+
+
+class _Streams:
+    """Noise with a stream for every row and site."""
+
+    def __init__(self, seeds: list[int], target: Target, scales: Tensor) -> None:
+        self.seeds, self.target, self.scales = seeds, target, scales
+        self.sites: list[str] = []
+
+    def __call__(self, name: str, fn: Any) -> Tensor:
+        self.sites.append(name)
+        seeds = [derive(seed, len(self.sites)) for seed in self.seeds]
+        like = _location(fn)
+        u = noise(fn.shape(), self.target.axis(name), seeds, like.dtype, like.device)
+        if len(self.scales) == 1:
+            return u * self.scales
+        return u * self.scales.reshape(-1, *(1,) * (u.dim() - 1))
+
+
+def _location(fn: Any) -> Tensor:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn.loc
+
+
+def _sites(trace: poutine.Trace) -> dict[str, Site]:
+    return programs._sample_sites(trace)
+
+
+def _leading(sites: dict[str, Site], num_draws: int) -> dict[str, Tensor]:
+    """The sites' values with draws as the first dimension, also where there is one draw only."""
+    values = {name: site["value"] for name, site in sites.items()}
+    return values if num_draws > 1 else {name: v.unsqueeze(0) for name, v in values.items()}
+
+
+def _join(parts: list[Draws], target: Target) -> Draws:
+    values = {
+        name: torch.cat([part.values[name] for part in parts], target.axis(name))
+        for name in parts[0].values
+    }
+    return Draws(values, torch.cat([part.log_q for part in parts], 1), None)

@@ -1,0 +1,188 @@
+"""What an evaluation of log p(x) found: every datum's figures, the data set's, and provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyro_vae.errors import ConfigError, CorruptFileError
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """log p(x) of N data, each with its error, its bias and its diagnostics. Nats throughout.
+
+    The arrays are `(N,)`, float64 but for `method`, `flagged` and `num_samples`.
+
+    Attributes:
+        log_px: the estimate of log p(x): log of the mean of the importance weights. It is a lower
+            bound in expectation (Burda et al. 2015).
+        se: Monte Carlo standard error of `log_px`. Not to be trusted where `flagged`.
+        bias_est: first-order bias of `log_px`, -se²/2.
+        log_px_jackknife: `log_px` with its 1/K bias removed (Nowozin 2018); not a bound.
+        elbo: mean of log p(x, z) - log q(z|x) over draws from the guide.
+        ess: effective sample size of the weights (Kish).
+        khat: Pareto k-hat of the weights (Vehtari et al. 2024).
+        max_weight: share of the largest weight in their sum.
+        num_samples: draws, K.
+        method: what made the estimate.
+        flagged: the weights' tail is too heavy or their effective number too small (k-hat over its
+            threshold, or ess < 100): read `log_px` as a lower bound only.
+        data_size: number of observed values in a datum.
+        provenance: seed, precision, device, versions, time, decoder evaluations, proposal and
+            fingerprint of the data.
+        convergence: mean log p(x) of the data set from the first k draws, by k.
+    """
+
+    log_px: Array
+    se: Array
+    bias_est: Array
+    log_px_jackknife: Array
+    elbo: Array
+    ess: Array
+    khat: Array
+    max_weight: Array
+    num_samples: Array
+    method: Array
+    flagged: Array
+    data_size: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    convergence: Mapping[int, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.log_px)
+
+    @property
+    def mean(self) -> float:
+        """Mean log p(x) a datum."""
+        return float(self.log_px.mean())
+
+    @property
+    def se_mc(self) -> float:
+        """Monte Carlo standard error of `mean` for these very data: sqrt(sum se²)/N."""
+        return math.sqrt(float(np.square(self.se).sum())) / len(self)
+
+    @property
+    def se_total(self) -> float:
+        """Standard error of `mean` over test sets like this one: sd(log_px)/sqrt(N).
+
+        It already holds the Monte Carlo error. NaN for one datum.
+        """
+        if len(self) == 1:
+            return math.nan
+        return float(self.log_px.std(ddof=1)) / math.sqrt(len(self))
+
+    @property
+    def mean_bias_est(self) -> float:
+        """Estimated bias of `mean`: it does not shrink with N."""
+        return float(self.bias_est.mean())
+
+    @property
+    def num_flagged(self) -> int:
+        """How many data are flagged."""
+        return int(self.flagged.sum())
+
+    @property
+    def bits_per_dim(self) -> float:
+        """-log2 p(x) a datum and observed value."""
+        return -self.mean / (self.data_size * math.log(2))
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to `path`: `.npz`, or `.json` for other languages. No pickle.
+
+        Raises:
+            ConfigError: another ending.
+        """
+        path = Path(path)
+        plain = {"data_size": self.data_size, "provenance": dict(self.provenance),
+                 "convergence": {str(k): v for k, v in self.convergence.items()}}  # fmt: skip
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if path.suffix == ".npz":
+            np.savez(path, header=np.array(json.dumps(plain)), **arrays)
+        elif path.suffix == ".json":
+            columns = {name: _to_json(values) for name, values in arrays.items()}
+            path.write_text(json.dumps({**plain, **columns}, indent=1) + "\n")
+        else:
+            raise ConfigError(f"evidence is saved as .npz or .json, not {path.name!r}")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evidence:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: another ending.
+            CorruptFileError: the file is not what `save` writes.
+        """
+        path = Path(path)
+        if path.suffix not in (".npz", ".json"):
+            raise ConfigError(f"evidence is read from .npz or .json, not {path.name!r}")
+        try:
+            if path.suffix == ".npz":
+                with np.load(path, allow_pickle=False) as stored:
+                    plain = json.loads(str(stored["header"]))
+                    arrays = {name: stored[name] for name in _ARRAYS}
+            else:
+                plain = json.loads(path.read_text())
+                arrays = {name: _from_json(plain.pop(name), name) for name in _ARRAYS}
+            plain["convergence"] = {int(k): v for k, v in plain["convergence"].items()}
+            return cls(**arrays, **plain)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise CorruptFileError(f"{path} holds no evidence: {error}") from error
+
+
+_ARRAYS = [f.name for f in fields(Evidence) if f.type == "Array"]
+_KINDS = {"method": str, "flagged": bool, "num_samples": np.int64}
+
+
+def _to_json(values: Array) -> list[Any]:
+    # JSON has no NaN and no infinity: they travel as words
+    if values.dtype.kind == "f":
+        return [v if math.isfinite(v) else str(v) for v in values.tolist()]
+    return values.tolist()
+
+
+def _from_json(values: list[Any], name: str) -> Array:
+    if name in _KINDS:
+        return np.array(values, dtype=_KINDS[name])
+    return np.array([float(v) for v in values])
+
+
+def _describe(e: Evidence) -> str:
+    counts = sorted(set(e.num_samples.tolist()))
+    draws = f"K = {counts[0]:,}" if len(counts) == 1 else f"K = {counts[0]:,} to {counts[-1]:,}"
+    methods, numbers = np.unique(e.method, return_counts=True)
+    how = ", ".join(
+        str(m) if len(methods) == 1 else f"{m} {n:,}" for m, n in zip(methods, numbers, strict=True)
+    )
+    about = f"{len(e):,} data, {draws}, {how}"
+    over = f"{e.se_total:.3g} over test sets, " if len(e) > 1 else ""
+    exact = e.bits_per_dim
+    if not e.num_flagged:
+        return (
+            f"log p(x) = {e.mean:.3f} ± {e.se_mc:.2g} nats a datum ({about})\n"
+            f"  errors: {e.se_mc:.2g} Monte Carlo, {over}bias about {e.mean_bias_est:.2g}; "
+            f"{exact:.4g} bits a value; none flagged"
+        )
+    worst = e.khat[e.flagged & np.isfinite(e.khat)]
+    tail = f", k-hat up to {worst.max():.2f}" if len(worst) else ""
+    return (
+        f"log p(x) >= {e.mean:.3f} nats a datum: a lower bound, {e.num_flagged:,} of {len(e):,} "
+        f"data flagged ({about})\n"
+        f"  the flagged data's weights are too uneven to estimate their own error (effective "
+        f"sample size down to {e.ess[e.flagged].min():.1f}{tail}):\n"
+        f"  their log p(x) is probably higher. {over.capitalize()}{exact:.4g} bits a value at most"
+    )

@@ -1,0 +1,31 @@
+"""What a number depends on besides its inputs: versions, and the data's own values."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("pyro-vae", "pyro-ppl", "torch", "numpy", "lightning-fabric"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def fingerprint(*arrays: Any) -> str:
+    """A hash of the data's values, to tell whether two evaluations saw the same."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        if isinstance(array, Tensor):
+            digest.update(str(tuple(array.shape)).encode())
+            digest.update(array.detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

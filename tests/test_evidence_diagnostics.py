@@ -1,0 +1,85 @@
+"""The figures of importance weights, against ArviZ, naive formulas and lognormal weights."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_vae.evidence.diagnostics import (
+    checkpoints,
+    khat_threshold,
+    pareto_khat,
+    running_log_mean,
+    summarize,
+)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("num_samples", [200, 5000])
+def test_khat_is_that_of_arviz(num_samples: int) -> None:
+    from pyro_vae.inference_data import psis_khat
+
+    log_w = torch.randn(6, num_samples) * torch.arange(0.5, 3.5, 0.5)[:, None]
+    np.testing.assert_allclose(pareto_khat(log_w), psis_khat(log_w.numpy()), rtol=1e-6)
+
+
+def test_khat_of_exact_pareto_tails() -> None:
+    for k in (0.2, 0.5, 1.0):
+        w = torch.rand(40, 20_000) ** -k
+        assert pareto_khat(w.log()).mean() == pytest.approx(k, abs=0.06)
+
+
+def test_weights_alike_have_no_tail() -> None:
+    assert (pareto_khat(torch.zeros(2, 1000)) == -math.inf).all()
+    assert pareto_khat(torch.zeros(2, 20)).isnan().all()
+
+
+def test_jackknife_is_the_definition() -> None:
+    log_w = torch.randn(3, 12)
+    Z = log_w.exp()
+    without = torch.stack([(Z.sum(1) - Z[:, k]) / 11 for k in range(12)], 1)
+    naive = 12 * Z.mean(1).log() - 11 / 12 * without.log().sum(1)
+    torch.testing.assert_close(summarize(log_w).jackknife, naive)
+
+
+def test_jackknife_removes_the_bias() -> None:
+    # lognormal weights of mean 1: the bias of log-mean-exp at K = 20 is about -cv²/(2K) = -0.043
+    log_w = torch.randn(20_000, 20) - 0.5
+    found = summarize(log_w)
+    error = found.log_mean.std() / math.sqrt(20_000)
+    assert found.log_mean.mean() < -10 * error
+    assert abs(found.jackknife.mean()) < 0.25 * abs(found.log_mean.mean())
+    assert found.bias.mean() == pytest.approx(found.log_mean.mean().item(), rel=0.35)
+
+
+def test_error_and_effective_size_of_lognormal_weights() -> None:
+    sd, K = 0.5, 4000
+    found = summarize(sd * torch.randn(500, K))
+    cv2 = math.exp(sd**2) - 1
+    assert found.se.mean() == pytest.approx(math.sqrt(cv2 / K), rel=0.01)
+    assert found.log_mean.std() == pytest.approx(math.sqrt(cv2 / K), rel=0.15)
+    assert found.ess.mean() == pytest.approx(K / (1 + cv2), rel=0.01)
+    assert (found.max_weight < 0.01).all()
+
+
+def test_strata_count_the_variance_within_them_only() -> None:
+    wide = torch.arange(1000) % 10 == 9
+    log_w = torch.where(wide, -2.0, 0.0).expand(3, -1)
+    assert (summarize(log_w, wide).se < 1e-9).all()
+    assert (summarize(log_w).se > 1e-3).all()
+
+
+def test_data_without_a_finite_weight() -> None:
+    found = summarize(torch.full((2, 100), -math.inf))
+    assert (found.log_mean == -math.inf).all()
+
+
+def test_thresholds_and_checkpoints() -> None:
+    assert khat_threshold(5000) == 0.7
+    assert khat_threshold(100) == 0.5
+    assert checkpoints(5) == [1, 2, 4, 5]
+    assert checkpoints(4) == [1, 2, 4]
+    log_w = torch.randn(2, 5)
+    running = running_log_mean(log_w)
+    torch.testing.assert_close(running[:, 1], log_w[:, :2].exp().mean(1).log())
