@@ -123,7 +123,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"), BAD_ARGUMENTS, ids=[str(case[0]) for case in BAD_ARGUMENTS]
+    ("arguments", "error", "message"), BAD_ARGUMENTS, ids=[case[2] for case in BAD_ARGUMENTS]
 )
 def test_bad_arguments(
     arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path

@@ -123,7 +123,7 @@ def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     """CRC-32 of it all: safetensors itself notices a missing byte, but not a changed one."""
     crc = zlib.crc32(header.encode())
     for name in sorted(tensors):
-        crc = zlib.crc32(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
