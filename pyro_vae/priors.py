@@ -19,6 +19,7 @@ from torch.distributions import constraints
 
 from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.mixtures import NormalMixture
 from pyro_vae.typing import Conditional, Distribution
 
 
@@ -90,8 +91,7 @@ class GaussianMixture(nn.Module):
                 self.register_buffer(name, value)
 
     def forward(self, context: Tensor | None = None) -> Distribution:
-        components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+        return NormalMixture(self.logits, self.loc, self.log_scale.exp())
 
 
 class VampPrior(nn.Module):
@@ -101,8 +101,9 @@ class VampPrior(nn.Module):
     The prior holds the very posterior that the guide uses, so training moves both together. With a
     context, the pseudo-inputs are encoded with each datum's own: `(N, K)` encodings. There is no
     analytic KL; use `ELBO(kl="monte_carlo")`. One evaluation costs K encodings, whatever the batch,
-    and K component densities a datum; with an `InverseAutoregressiveFlow` each of these needs the
-    flow's inverse (see there).
+    and with a `DiagonalNormal` one matrix product for all K densities of all data. With other
+    posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow` each
+    needs the flow's inverse (see there).
 
     Args:
         posterior: of the same VAE: a module, or any callable of `(x)` (or `(x, context)`).
@@ -158,8 +159,12 @@ class VampPrior(nn.Module):
         else:
             each = u.expand(*context.shape[:-1], *u.shape)
             components = self.posterior(each, context.unsqueeze(-2))
-        logits = u.new_zeros(components.batch_shape)
-        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+        logits = u.new_zeros(len(u))
+        normals = getattr(components, "base_dist", None)
+        if isinstance(normals, torch.distributions.Normal) and len(components.event_shape) == 1:
+            return NormalMixture(logits, normals.loc, normals.scale)
+        weights = dist.Categorical(logits=logits.expand(components.batch_shape))
+        return dist.MixtureSameFamily(weights, components)
 
 
 def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tensor:

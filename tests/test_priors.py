@@ -16,6 +16,7 @@ from scipy.special import logsumexp
 import pyro_vae as pv
 from pyro_vae import likelihoods, posteriors, priors
 from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.mixtures import NormalMixture
 from pyro_vae.networks import MLP
 
 
@@ -64,6 +65,51 @@ def test_mixture_far_from_every_component_is_finite():
     z = torch.full((3,), 1e4, dtype=torch.float64, requires_grad=True)
     p.log_prob(z).backward()
     assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mixture_by_one_product_is_torchs_by_broadcasting(dtype):
+    generator = torch.Generator().manual_seed(0)
+    # tight components far from zero: in float32 the expanded square would be off by nats
+    loc = 30 + torch.randn(5, 3, generator=generator, dtype=dtype)
+    scale = torch.full((5, 3), 0.01, dtype=dtype)
+    z = (loc[:2] + 0.02 * torch.randn(2, 3, generator=generator, dtype=dtype)).requires_grad_()
+    logits = torch.randn(5, generator=generator, dtype=dtype)
+    leaves = [v.requires_grad_() for v in (logits, loc.clone(), scale)]
+    ours = NormalMixture(*leaves)
+    theirs = dist.MixtureSameFamily(
+        dist.Categorical(logits=leaves[0].double()),
+        dist.Normal(leaves[1].double(), leaves[2].double()).to_event(1),
+    )
+    got, want = ours.log_prob(z), theirs.log_prob(z.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), [z, *leaves]),
+        torch.autograd.grad(want.sum(), [z, *leaves]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance)
+    squares, means = z.detach() ** 2 @ (scale**-2).mT, z.detach() @ (loc * scale**-2).mT
+    naive = -0.5 * (squares - 2 * means + (loc**2 * scale**-2).sum(-1)).detach()
+    exact = -0.5 * (((z.unsqueeze(1) - loc) / scale) ** 2).sum(-1).detach()
+    if dtype == torch.float32:  # the mutant
+        assert (naive - exact).abs().max() > 1
+
+
+def test_mixture_expanded_and_batched():
+    loc, z = torch.randn(4, 5, 3, 2), torch.randn(7, 4, 5, 2)
+    p = NormalMixture(torch.randn(3), loc, torch.rand(4, 5, 3, 2) + 0.1)
+    assert (p.batch_shape, p.event_shape, p.mean.shape) == ((4, 5), (2,), (4, 5, 2))
+    one = NormalMixture(p.logits, loc[1, 2], p.scale[1, 2])
+    torch.testing.assert_close(p.log_prob(z)[3, 1, 2], one.log_prob(z[3, 1, 2]))
+    torch.testing.assert_close(p.expand((7, 4, 5)).log_prob(z[0])[3], p.log_prob(z[0]))
+    torch.testing.assert_close(one.expand((4, 5)).log_prob(z)[6, 3], one.log_prob(z[6, 3]))
+    assert one.expand((4, 5)).log_prob(z[0, 0, 0]).shape == (4, 5)
+    assert p.expand((7, 4, 5)).sample((6,)).shape == (6, 7, 4, 5, 2)
+    draws = p.sample((4000,))
+    score = (draws.mean(0) - p.mean) / (draws.std(0) / 4000**0.5)
+    assert score.abs().max() < 5  # 40 means: odds 2e-5
 
 
 def test_mixture_draws():
