@@ -142,6 +142,8 @@ def plate_nesting(
 
 def log_prob(site: Site) -> Tensor:
     """log-density at the site's value, masked but not scaled, in the site's batch shape."""
+    if "log_prob" in site:
+        return site["log_prob"]
     return masked(site, site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
 
 
@@ -183,33 +185,41 @@ def sum_within(value: Tensor, plates: Sequence[int], nesting: int) -> Tensor:
     return value.sum(inner) if inner else value
 
 
-def frozen(program: Program) -> Program:
-    """The same program as a function of its inputs and values only: parameters are constants.
+def frozen_sites(pair: Pair, values: Mapping[str, Tensor]) -> dict[str, Site]:
+    """The guide's sites at `values`, and their log-densities, its parameters being constants.
 
-    Gradients still flow through values substituted at the sample sites; this is the stopped
-    log q of the path-derivative estimators (Roeder et al. 2017). Its param messages stay within,
-    so that SVI moves the parameters themselves and not their constant stand-ins.
+    Gradients still flow through the values; this is the stopped log q of the path-derivative
+    estimators (Roeder et al. 2017). The guide's param messages stay within, so that SVI moves the
+    parameters themselves and not their constant stand-ins.
 
     Raises:
-        SiteError: at call, where a plain function uses parameters that nobody can reach from
-            outside (`pyro.module` within a function).
+        SiteError: a plain function uses parameters that nobody can reach from outside
+            (`pyro.module` within a function).
     """
-    if isinstance(program, nn.Module):
+    is_module = isinstance(pair.guide, nn.Module)
+    weigh = _Weigh(pair.guide)
+    detached = {name: p.detach() for name, p in weigh.named_parameters()}
+    with (
+        poutine.block(hide_types=["param"]),
+        _DetachParams(refuse_modules=not is_module),
+        warnings.catch_warnings(),
+    ):
+        # pyro.module remarks on every parameter that it finds without a gradient
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store")
+        return torch.func.functional_call(weigh, detached, (pair, values))
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            detached = {name: p.detach() for name, p in program.named_parameters()}
-            with _hidden_params(), _DetachParams(), warnings.catch_warnings():
-                # pyro.module remarks on every parameter that it finds without a gradient
-                warnings.filterwarnings("ignore", message=".*was not registered in the param store")
-                return torch.func.functional_call(program, detached, args, kwargs)
 
-        return call
+class _Weigh(nn.Module):
+    """Runs a program at given values and takes the log-densities before it returns: a flow's
+    density runs its network when it is asked for, and must find the parameters swapped then."""
 
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        with _hidden_params(), _DetachParams(refuse_modules=True):
-            return program(*args, **kwargs)
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
 
-    return guarded
+    def forward(self, pair: Pair, values: Mapping[str, Tensor]) -> dict[str, Site]:
+        sites = pair.sites_at(self.program, values)
+        return {name: {**site, "log_prob": log_prob(site)} for name, site in sites.items()}
 
 
 class substitute(Messenger):
@@ -223,10 +233,6 @@ class substitute(Messenger):
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
-
-
-def _hidden_params() -> Messenger:
-    return poutine.block(hide_types=["param"])
 
 
 class _DetachParams(Messenger):

@@ -103,7 +103,7 @@ def test_a_frozen_module_is_the_same_function_with_constant_parameters():
     before = copy.deepcopy(guide.state_dict())
     z = torch.zeros(4, 2, requires_grad=True)
     pair = Pair(guide, guide, (x,))
-    stopped = programs.log_prob(pair.sites_at(programs.frozen(guide), {"z": z})["z"]).sum()
+    stopped = programs.log_prob(programs.frozen_sites(pair, {"z": z})["z"]).sum()
     free = programs.log_prob(pair.sites_at(guide, {"z": z})["z"]).sum()
     assert stopped.item() == free.item()
     parts = (z, *guide.parameters())

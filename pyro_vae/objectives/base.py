@@ -106,11 +106,10 @@ def frozen_sites(pair: Pair, run: Run, values: Mapping[str, Tensor]) -> dict[str
         SiteError: a second run gave another q, or q's parameters still carry a gradient (a plain
             function that computes with a module unknown to Pyro).
     """
-    frozen = programs.frozen(pair.guide)
-    sites = pair.sites_at(frozen, {**run.subsamples, **values})
+    sites = programs.frozen_sites(pair, {**run.subsamples, **values})
     if is_validation_enabled():
         constants = {name: value.detach() for name, value in values.items()}
-        again = pair.sites_at(frozen, {**run.subsamples, **constants})
+        again = programs.frozen_sites(pair, {**run.subsamples, **constants})
         for name, site in again.items():
             log_q = programs.log_prob(site)
             if log_q.requires_grad:

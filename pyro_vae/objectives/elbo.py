@@ -182,8 +182,9 @@ def _analytic_kl(name: str, run: Run) -> tuple[Tensor | None, str]:
 
 
 def _log_prob_by_dimension(site: Site, by_dimension: bool) -> Tensor:
-    fn = site["fn"].base_dist if by_dimension else site["fn"]
-    value = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    if not by_dimension:
+        return programs.log_prob(site).unsqueeze(0)
+    value = site["fn"].base_dist.log_prob(site["value"], *site["args"], **site["kwargs"])
     return _dimension_first(value, site, by_dimension)
 
 
