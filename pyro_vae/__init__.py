@@ -12,7 +12,7 @@ from pyro_vae.vae import VAE
 if TYPE_CHECKING:
     from pyro_vae import datasets, plots, training
     from pyro_vae.evidence import Evidence, log_marginal
-    from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
+    from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
 
 __all__ = [
     "ELBO",
@@ -38,6 +38,7 @@ __all__ = [
     "read_metrics",
     "save_weights",
     "schedules",
+    "track_log_px",
     "training",
 ]
 
@@ -50,6 +51,7 @@ _HOMES = {
     "log_marginal": "pyro_vae.evidence",
     "read_metrics": "pyro_vae.training",
     "save_weights": "pyro_vae.training",
+    "track_log_px": "pyro_vae.training",
 }
 _MODULES = ("datasets", "plots", "training")
 
