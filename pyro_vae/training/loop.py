@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import programs
-from pyro_vae.errors import CheckpointError
+from pyro_vae.errors import CheckpointError, DataError
 from pyro_vae.objectives import Objective
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import checkpoint
@@ -138,15 +138,15 @@ class Loop:
             self._step(batch)
             state.seconds = before + time.monotonic() - started
             bar.update(len(batch[0]), state.sums, state.epoch + 1)
-            talk = self.fabric.world_size == 1 or state.position % STEPS_BETWEEN_TALKS == 0
-            if talk and self._interrupted(stop):
+            if state.position < len(train) and self._interrupted(stop):
                 self._check(batch)
                 state.random = random_state(self.fabric)
                 state.sums = self._over_processes(state.sums)
                 self.save(folder)
                 raise KeyboardInterrupt
-        if batch is not None:
-            self._check(batch)
+        if batch is None:
+            raise DataError(f"the data gave no batch in epoch {state.epoch + 1}")
+        self._check(batch)
 
     def _step(self, batch: Batch) -> None:
         state = self.state
@@ -226,6 +226,8 @@ class Loop:
         """Whether any process was; all of them leave at the same step, or they would hang."""
         if self.fabric.world_size == 1:
             return stop.requested
+        if self.state.position % STEPS_BETWEEN_TALKS:
+            return False
         flag = torch.tensor(float(stop.requested), device=self.fabric.device)
         return bool(self._over_processes(flag) > 0)
 
