@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
-from training_helpers import binary, intensities
+from training_helpers import binary, intensities, small_vae
 
 import pyro_vae as pv
 from pyro_vae.data import bernoulli_draw
@@ -193,6 +194,21 @@ def test_loaders_that_cannot_serve() -> None:
     pictures: Any = [{"image": torch.zeros(2)}]
     with pytest.raises(DataError, match="this one yields dict"):
         streamed(DataLoader(pictures)).first()
+
+
+def test_a_loader_that_runs_dry_after_an_epoch() -> None:
+    class Once(IterableDataset[Tensor]):
+        def __init__(self) -> None:
+            self.rows = iter(binary(20))
+
+        def __len__(self) -> int:
+            return 10
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return islice(self.rows, 10)
+
+    with pytest.raises(DataError, match=r"no batch in epoch \d"):
+        pv.fit(small_vae(), DataLoader(Once(), 5), epochs=3)
 
 
 def test_what_can_be_data() -> None:

@@ -98,7 +98,8 @@ def try_program(vae: Any, objective: Objective, batches: Sequence[Batch]) -> Ter
                     if hasattr(vae, "check_shape"):
                         vae.check_shape(*batch)
                     loss = objective.terms(vae.model, vae.guide, *batch).loss
-                    guard.check_terms(loss, batch, 0, "before the first step")
+                    if not math.isfinite(loss.item()):
+                        raise guard.bad_loss(batch, 0, "before the first step")
                 with pyro.validation_enabled(True):
                     terms = objective.terms(vae.model, vae.guide, *batch)
         except PyroVAEError:

@@ -90,18 +90,19 @@ class Guard:
             f'in that of "{name}". {REMEDY}'
         )
 
-    def check_terms(self, totals: Tensor, batch: tuple[Any, ...], step: int, where: str) -> None:
-        """Raise if `totals` of the terms are not finite after `batch`; `step` is the last update.
+    def bad_loss(self, batch: tuple[Any, ...], step: int, where: str) -> NonFiniteError:
+        """The error for terms that are not finite on `batch`; `step` is the last update.
 
         Args:
             where: of the batch, in words.
+
+        Raises:
+            NonFiniteError: that last update was the culprit.
         """
-        if torch.isfinite(totals).all():
-            return
-        # gradients of the step before are still there: if that was the culprit, blame it
+        # the gradients of that update are still there
         self.check_update(step)
         name, size = _largest(self._parameters())
-        raise NonFiniteError(
+        return NonFiniteError(
             f"the loss became NaN or infinite {where}: {self._blame(batch)}. "
             f'The largest parameter is {size:.3g}, in "{name}". {REMEDY}'
         )

@@ -53,9 +53,10 @@ def random_state(fabric: Fabric) -> RandomState:
 
 def set_random_state(state: RandomState, fabric: Fabric) -> None:
     """Put this process's generators back."""
-    torch.set_rng_state(state["cpu"][fabric.global_rank])
+    # torch reads a state from the start of its storage, so a row must have one of its own
+    torch.set_rng_state(state["cpu"][fabric.global_rank].clone())
     if "cuda" in state and fabric.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"][fabric.global_rank], fabric.device)
+        torch.cuda.set_rng_state(state["cuda"][fabric.global_rank].clone(), fabric.device)
 
 
 def _one_row_a_process(gathered: object, fabric: Fabric) -> Tensor:
