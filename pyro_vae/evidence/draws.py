@@ -124,7 +124,9 @@ class Place(Messenger):
         u = self.noise(name, fn)
         msg["value"], self.log_det[name] = push(fn, u)
         event = tuple(range(-len(fn.event_shape), 0))
-        self.squares[name] = u.square().sum(event) if event else u.square()
+        self.squares[name] = (
+            torch.linalg.vector_norm(u, dim=event).square() if event else u.square()
+        )
         msg["done"] = True
 
 

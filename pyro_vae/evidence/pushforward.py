@@ -39,11 +39,11 @@ def push(fn: Distribution, u: Tensor) -> tuple[Tensor, Tensor]:
         z, `(*B, *E)`, and the log-determinant, `B`.
     """
     if isinstance(fn, td.Normal):
-        return fn.loc + fn.scale * u, _compact(fn.scale).log().expand(u.shape)
+        return torch.addcmul(fn.loc, fn.scale, u), compact(fn.scale).log().expand(u.shape)
     if isinstance(fn, td.MultivariateNormal):
         factor = fn.scale_tril
         z = fn.loc + (factor @ u.unsqueeze(-1)).squeeze(-1)
-        log_det = _compact(factor).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_det = compact(factor).diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return z, log_det.expand(u.shape[:-1])
     if isinstance(fn, td.Independent):
         z, log_det = push(fn.base_dist, u)
@@ -87,6 +87,6 @@ def _sum_last(value: Tensor, dims: int) -> Tensor:
     return value.sum(tuple(range(-dims, 0))) if dims > 0 else value
 
 
-def _compact(value: Tensor) -> Tensor:
+def compact(value: Tensor) -> Tensor:
     """The tensor without the copies that a plate expanded it to."""
     return value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]

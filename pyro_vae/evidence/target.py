@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_vae import programs
 from pyro_vae.errors import ShapeError, SiteError, SupportError
-from pyro_vae.evidence.kernels import observed_log_prob
+from pyro_vae.evidence import kernels
 from pyro_vae.likelihoods import describe
 from pyro_vae.programs import PARTICLES, Pair, Site
 from pyro_vae.typing import Program
@@ -76,9 +76,7 @@ class Target:
         for name, site in sites.items():
             if name in self.observed:
                 _check_support(name, site, self.plate, rows)
-                total = total + self.within(observed_log_prob(site))
-            else:
-                total = total + self.within(programs.log_prob(site))
+            total = total + self.within(kernels.log_prob(site))
         return torch.as_tensor(total).expand(num_draws, len(rows))
 
     def within(self, value: Tensor) -> Tensor:
