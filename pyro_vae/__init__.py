@@ -10,7 +10,7 @@ from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
     from pyro_vae import datasets, plots, training
-    from pyro_vae.evidence import Evidence, log_marginal
+    from pyro_vae.evidence import Evidence, exact, log_marginal
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Split",
     "datasets",
     "errors",
+    "exact",
     "fit",
     "likelihoods",
     "load_weights",
@@ -48,11 +49,14 @@ _HOMES = {
     "save_weights": "pyro_vae.training",
 }
 _MODULES = ("datasets", "plots", "training")
+_SUBMODULES = {"exact": "pyro_vae.evidence.exact"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _SUBMODULES:
+        return import_module(_SUBMODULES[name])
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -190,7 +190,7 @@ def test_exactly_k_draws_a_datum(pair: Linear) -> None:
 
     x = pair.draw(7)
     evidence = pv.log_marginal(model, pair.guide, x, num_samples=123, chunk_bytes=9999)
-    assert seen == 7 * 123 == evidence.provenance["decoder_evaluations"]
+    assert seen == 7 * 123 == evidence.provenance["model_evaluations"]
     assert (evidence.num_samples == 123).all()
 
 

@@ -1,6 +1,7 @@
 """log p(x) of any (model, guide): estimates that know their own error."""
 
+from pyro_vae.evidence import exact
 from pyro_vae.evidence.marginal import log_marginal
 from pyro_vae.evidence.result import Evidence
 
-__all__ = ["Evidence", "log_marginal"]
+__all__ = ["Evidence", "exact", "log_marginal"]

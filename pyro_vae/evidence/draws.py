@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push
-from pyro_vae.evidence.target import Target, check_same_sites
+from pyro_vae.evidence.sites import check_same_sites
+from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
 from pyro_vae.seeding import derive, seeded
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_vae.errors import NonFiniteError
 from pyro_vae.evidence.diagnostics import Summary, summarize
@@ -83,7 +82,6 @@ class Sampler:
         self.guide = Guide(target)
         self.proposal = proposal if self.guide.is_map else Proposal(share=0.0)
         self.budget = chunk_bytes
-        self.evaluations = 0
 
     def chunks(self) -> list[range]:
         """The rows, divided so that the draws and weights of a part fit the budget."""
@@ -96,14 +94,14 @@ class Sampler:
             for start in range(0, self.target.size, step)
         ]
 
-    def weights(self, rows: range, bar: tqdm | None = None) -> Weights:
+    def weights(self, rows: range) -> Weights:
         """K weights for each of the rows."""
         wide = self.proposal.wide(self.num_samples)
         parts = []
         for start in range(0, self.num_samples, DRAWS_AT_ONCE):
             taken = slice(start, min(start + DRAWS_AT_ONCE, self.num_samples))
             draws = self._draw(rows, start, wide[taken])
-            log_joint = self._log_joint(rows, draws, bar)
+            log_joint = self._log_joint(rows, draws)
             log_plain = log_joint - draws.log_q.double()
             parts.append((log_joint - self._log_proposal(draws, wide), log_plain))
         log_w, log_plain = (
@@ -133,7 +131,7 @@ class Sampler:
         logs = torch.tensor([1 - share, share], dtype=torch.float64, device=log_q.device).log()
         return (parts + logs[:, None, None]).logsumexp(0)
 
-    def _log_joint(self, rows: range, draws: Draws, bar: tqdm | None) -> Tensor:
+    def _log_joint(self, rows: range, draws: Draws) -> Tensor:
         """log p(x, z) of all draws of the rows, in pieces, `(draws, rows)`, float64."""
         num_draws = len(draws.log_q)
         out = torch.empty_like(draws.log_q, dtype=torch.float64)
@@ -142,9 +140,6 @@ class Sampler:
             values = self.target.select(draws.values, part_rows, part_draws)
             piece = self._within_budget(taken, values)
             out[part_draws, part_rows] = piece.double()
-            self.evaluations += piece.numel()
-            if bar is not None:
-                bar.update(piece.numel())
         return out
 
     def _pieces(self, num_rows: int, num_draws: int) -> list[tuple[slice, slice]]:

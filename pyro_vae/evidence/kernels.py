@@ -31,6 +31,11 @@ def _bernoulli(logits: Tensor, x: Tensor) -> Tensor:
 
     Works through the logits in slices that stay in the processor's cache. x may broadcast.
     """
+    small = compact(logits)
+    if small.dim() == 3 and small.shape[1] == 1 != logits.shape[1] and x.dim() == 2:
+        # the same logits for every row (a grid): one matrix product for all pairs
+        shared = small.squeeze(1)
+        return shared @ x.T - softplus(shared).sum(-1, keepdim=True)
     sign = (1 - 2 * x).expand(logits.shape)
     if logits.requires_grad or logits.is_cuda:
         return -softplus(sign * logits).sum(-1)

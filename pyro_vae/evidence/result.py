@@ -177,6 +177,12 @@ def _describe(e: Evidence) -> str:
             f"  errors: {e.se_mc:.2g} Monte Carlo, {over}bias about {e.mean_bias_est:.2g}; "
             f"{exact:.4g} bits a value; none flagged"
         )
+    if np.isnan(e.ess[e.flagged]).all():
+        return (
+            f"log p(x) about {e.mean:.3f} nats a datum, {e.num_flagged:,} of {len(e):,} data "
+            f"flagged ({about})\n  their integrals had not settled on the finest grid (last "
+            f'change up to {e.se[e.flagged].max():.2g} nats): use method="is" or "ais"'
+        )
     worst = e.khat[e.flagged & np.isfinite(e.khat)]
     tail = f", k-hat up to {worst.max():.2f}" if len(worst) else ""
     return (
