@@ -10,7 +10,7 @@ from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
     from pyro_vae import datasets, plots, training
-    from pyro_vae.evidence import Evidence, exact, log_marginal
+    from pyro_vae.evidence import Evidence, compare, exact, log_marginal
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Evidence",
     "Run",
     "Split",
+    "compare",
     "datasets",
     "errors",
     "exact",
@@ -41,6 +42,7 @@ __all__ = [
 # loaded at first use, so that `import pyro_vae` costs little more than `import pyro`
 _HOMES = {
     "Evidence": "pyro_vae.evidence",
+    "compare": "pyro_vae.evidence",
     "Run": "pyro_vae.training",
     "fit": "pyro_vae.training",
     "load_weights": "pyro_vae.training",

@@ -13,11 +13,11 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push
+from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push, streams
 from pyro_vae.evidence.sites import check_same_sites
 from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
-from pyro_vae.seeding import derive, seeded
+from pyro_vae.seeding import seeded
 
 Noise = Callable[[str, Any], Tensor]
 
@@ -69,8 +69,8 @@ class Guide:
                 self._draw_row(row, num_draws, seed) for row, seed in zip(rows, seeds, strict=True)
             ]
             return _join(parts, self.target)
-        streams = _Streams(seeds, self.target, scales)
-        return self.place(rows, num_draws, streams, inflation)
+        fresh = FreshNoise(streams(seeds, scales.device), self.target.plate, scales)
+        return self.place(rows, num_draws, fresh, inflation)
 
     def place(self, rows: range, num_draws: int, noise: Noise, inflation: float = 1.0) -> Draws:
         """Run the guide with the noise given, by the name and distribution of a site."""
@@ -131,24 +131,27 @@ class Place(Messenger):
         msg["done"] = True
 
 
-class _Streams:
-    """Noise with a stream for every row and site."""
+class FreshNoise:
+    """Noise for the sites of a program, with a stream for every row.
 
-    def __init__(self, seeds: list[int], target: Target, scales: Tensor) -> None:
-        self.seeds, self.target, self.scales = seeds, target, scales
-        self.sites: list[str] = []
+    Args:
+        streams: one a row; the sites take from them in the program's order.
+        plate: the dimension of the batch, from the right, that is indexed by row.
+        scales: `(num_draws,)`: what the noise is multiplied with.
+    """
+
+    def __init__(self, streams: list[torch.Generator], plate: int, scales: Tensor) -> None:
+        self.streams, self.plate, self.scales = streams, plate, scales
 
     def __call__(self, name: str, fn: Any) -> Tensor:
-        self.sites.append(name)
-        seeds = [derive(seed, len(self.sites)) for seed in self.seeds]
-        like = _location(fn)
-        u = noise(fn.shape(), self.target.axis(name), seeds, like.dtype, like.device)
+        axis = self.plate - len(fn.event_shape)
+        u = noise(fn.shape(), axis, self.streams, location(fn).dtype)
         if len(self.scales) == 1:
             return u * self.scales
         return u * self.scales.reshape(-1, *(1,) * (u.dim() - 1))
 
 
-def _location(fn: Any) -> Tensor:
+def location(fn: Any) -> Tensor:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn.loc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,25 +96,33 @@ class Sampler:
         ]
 
     def weights(self, rows: range) -> Weights:
-        """K weights for each of the rows."""
+        """K weights for each of the rows.
+
+        Raises:
+            NonFiniteError: a weight is NaN.
+        """
         wide = self.proposal.wide(self.num_samples)
-        parts = []
+        log_w, log_plain = [], []
+        for draws, log_joint in self._blocks(rows, wide):
+            log_w.append(log_joint - self._log_proposal(draws, wide))
+            log_plain.append(log_joint - draws.log_q.double())
+        return Weights(_by_row(log_w, rows), _by_row(log_plain, rows), wide)
+
+    def weighted_draws(self, rows: range) -> tuple[Tensor, dict[str, Tensor]]:
+        """The log weights `(rows, K)` and the draws that they belong to."""
+        wide = self.proposal.wide(self.num_samples)
+        log_w, values = [], []
+        for draws, log_joint in self._blocks(rows, wide):
+            log_w.append(log_joint - self._log_proposal(draws, wide))
+            values.append(draws.values)
+        joined = {name: torch.cat([v[name] for v in values]) for name in values[0]}
+        return _by_row(log_w, rows), joined
+
+    def _blocks(self, rows: range, wide: Tensor) -> Iterator[tuple[Draws, Tensor]]:
+        """All K draws of the rows, some at a time, with log p(x, z)."""
         for start in range(0, self.num_samples, DRAWS_AT_ONCE):
-            taken = slice(start, min(start + DRAWS_AT_ONCE, self.num_samples))
-            draws = self._draw(rows, start, wide[taken])
-            log_joint = self._log_joint(rows, draws)
-            log_plain = log_joint - draws.log_q.double()
-            parts.append((log_joint - self._log_proposal(draws, wide), log_plain))
-        log_w, log_plain = (
-            torch.cat(part).T.contiguous().cpu() for part in zip(*parts, strict=True)
-        )
-        if log_w.isnan().any():
-            row = rows.start + int(log_w.isnan().any(1).nonzero()[0])
-            raise NonFiniteError(
-                f"the log weights of row {row} are NaN: check that the datum is finite and that "
-                "the parameters of model and guide are"
-            )
-        return Weights(log_w, log_plain, wide)
+            draws = self._draw(rows, start, wide[start : start + DRAWS_AT_ONCE])
+            yield draws, self._log_joint(rows, draws)
 
     def _draw(self, rows: range, start: int, wide: Tensor) -> Draws:
         x = self.target.arguments[0]
@@ -175,6 +184,18 @@ class Sampler:
             for r, k in halves
         ]
         return torch.cat(parts, 0 if num_draws > 1 else 1)
+
+
+def _by_row(blocks: list[Tensor], rows: range) -> Tensor:
+    """Blocks of `(draws, rows)` as one `(rows, K)`."""
+    log_w = torch.cat(blocks).T.contiguous().cpu()
+    if log_w.isnan().any():
+        row = rows.start + int(log_w.isnan().any(1).nonzero()[0])
+        raise NonFiniteError(
+            f"the log weights of row {row} are NaN: check that the datum is finite and that "
+            "the parameters of model and guide are"
+        )
+    return log_w
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

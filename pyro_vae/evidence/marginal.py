@@ -79,7 +79,7 @@ def log_marginal(
         ConfigError, UnknownNameError: an option means nothing.
     """
     _check_options(num_samples, method, defensive, chunk_bytes)
-    x, args = _prepare(model, guide, x, args)
+    x, args = prepare(model, guide, x, args)
     started = time.perf_counter()
     with undisturbed(model, guide):
         target = Target(model, guide, x, args, enumerate_all=method == "enumerate")
@@ -106,7 +106,9 @@ def log_marginal(
         "data": fingerprint(x, *args),
         "versions": versions(),
     }
-    return _collect(parts, data_size=target.data_size, provenance=provenance)
+    return _collect(
+        parts, data_size=target.data_size, provenance=provenance, source=(model, guide, x, *args)
+    )
 
 
 Columns = dict[str, np.ndarray]
@@ -168,7 +170,7 @@ def _check_options(num_samples: int, method: str, defensive: float, chunk_bytes:
         raise ConfigError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
 
 
-def _prepare(
+def prepare(
     model: Program, guide: Program, x: Any, args: tuple[Any, ...]
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Data on the device, and real numbers in the precision, of the programs' parameters."""

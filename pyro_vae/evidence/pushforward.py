@@ -65,22 +65,26 @@ def log_normal(squares: Tensor, size: Tensor | float, scale: float = 1.0) -> Ten
 
 
 def noise(
-    shape: torch.Size, axis: int, seeds: list[int], dtype: torch.dtype, device: torch.device
+    shape: torch.Size, axis: int, streams: list[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
     """Standard normal noise in which every index along `axis` has a stream of its own.
 
     Args:
         shape: of the result.
         axis: counted from the right (negative).
-        seeds: one for each index along `axis`.
+        streams: one for each index along `axis`; they go on from where they are.
     """
     axis += len(shape)
     rest = [size for i, size in enumerate(shape) if i != axis]
-    u = torch.empty(len(seeds), *rest, dtype=dtype, device=device)
-    generator = torch.Generator(device)
-    for row, seed in zip(u, seeds, strict=True):
-        row.normal_(generator=generator.manual_seed(seed))
+    u = torch.empty(len(streams), *rest, dtype=dtype, device=streams[0].device)
+    for row, stream in zip(u, streams, strict=True):
+        row.normal_(generator=stream)
     return u.movedim(0, axis)
+
+
+def streams(seeds: list[int], device: torch.device) -> list[torch.Generator]:
+    """A generator for each seed."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def _sum_last(value: Tensor, dims: int) -> Tensor:
