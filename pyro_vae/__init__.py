@@ -10,7 +10,7 @@ from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
     from pyro_vae import datasets, plots, training
-    from pyro_vae.evidence import Evidence, compare, exact, log_marginal
+    from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "posteriors",
     "priors",
     "read_metrics",
+    "sandwich",
     "save_weights",
     "training",
 ]
@@ -43,22 +44,21 @@ __all__ = [
 _HOMES = {
     "Evidence": "pyro_vae.evidence",
     "compare": "pyro_vae.evidence",
+    "exact": "pyro_vae.evidence",
     "Run": "pyro_vae.training",
     "fit": "pyro_vae.training",
     "load_weights": "pyro_vae.training",
     "log_marginal": "pyro_vae.evidence",
     "read_metrics": "pyro_vae.training",
+    "sandwich": "pyro_vae.evidence",
     "save_weights": "pyro_vae.training",
 }
 _MODULES = ("datasets", "plots", "training")
-_SUBMODULES = {"exact": "pyro_vae.evidence.exact"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in _SUBMODULES:
-        return import_module(_SUBMODULES[name])
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,6 +43,9 @@ class Guide:
     Where all its distributions are maps of normal noise z = T(u), the guide runs once for all
     rows, and each row's noise comes from a stream of its own. Any other guide runs row by row.
 
+    Args:
+        target: whose guide it is.
+
     Attributes:
         is_map: whether all its distributions are such maps.
     """

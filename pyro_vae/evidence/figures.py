@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from torch import Tensor
 
-from pyro_vae.evidence.diagnostics import is_flagged, running_log_mean
+from pyro_vae.evidence.diagnostics import is_flagged, running_log_mean, summarize
 from pyro_vae.evidence.importance import Weights
 
 
@@ -27,6 +28,28 @@ def figures(weights: Weights) -> dict[str, np.ndarray]:
         "num_samples": np.full(len(weights.log_w), num_samples),
         "method": np.full(len(weights.log_w), "is"),
         "convergence": running_log_mean(weights.log_w).numpy(),
+    }
+
+
+def annealed_figures(log_w: Tensor) -> dict[str, np.ndarray]:
+    """The columns for rows of chains' log weights `(rows, chains)`.
+
+    Chains are few, so a datum is flagged where fewer than a quarter of them carry the mean, that
+    is, where cv² of their weights exceeds 3.
+    """
+    summary, chains = summarize(log_w), log_w.shape[1]
+    return {
+        "log_px": summary.log_mean.numpy(),
+        "se": summary.se.numpy(),
+        "bias_est": summary.bias.numpy(),
+        "log_px_jackknife": summary.jackknife.numpy(),
+        "elbo": np.full(len(log_w), math.nan),
+        "ess": summary.ess.numpy(),
+        "khat": np.full(len(log_w), math.nan),
+        "max_weight": summary.max_weight.numpy(),
+        "flagged": ~(summary.ess >= chains / 4).numpy(),
+        "num_samples": np.full(len(log_w), chains),
+        "method": np.full(len(log_w), "ais"),
     }
 
 

@@ -158,6 +158,12 @@ def _is_real(support: constraints.Constraint) -> bool:
     return support in (constraints.real, constraints.real_vector)
 
 
+def real_sites(target: Target) -> bool:
+    """Whether all latent sites take real values."""
+    sites = target.pair(range(1), 1).sites_at(target.guide, {})
+    return all(_is_real(site["fn"].support) for site in sites.values())
+
+
 class GridIntegrator:
     """log p(x) of rows of a target on a grid in latent space.
 

@@ -12,7 +12,6 @@ from pyro_vae.errors import NonFiniteError
 from pyro_vae.evidence.diagnostics import Summary, summarize
 from pyro_vae.evidence.draws import Draws, Guide
 from pyro_vae.evidence.target import Target
-from pyro_vae.seeding import derive
 
 # draws that the guide makes at once for a datum; part of what a seed means, so it is fixed
 DRAWS_AT_ONCE = 8192
@@ -80,8 +79,9 @@ class Sampler:
         self, target: Target, num_samples: int, seed: int, chunk_bytes: int, proposal: Proposal
     ) -> None:
         self.target, self.num_samples, self.seed = target, num_samples, seed
-        self.guide = Guide(target)
-        self.proposal = proposal if self.guide.is_map else Proposal(share=0.0)
+        self.guide, self.proposal = Guide(target), proposal
+        if proposal.share and not self.guide.is_map:
+            self.proposal = Proposal(share=0.0)
         self.budget = chunk_bytes
 
     def chunks(self) -> list[range]:
@@ -127,7 +127,7 @@ class Sampler:
     def _draw(self, rows: range, start: int, wide: Tensor) -> Draws:
         x = self.target.arguments[0]
         scales = torch.where(wide, self.proposal.inflation, 1.0).to(x.device, x.dtype)
-        seeds = [derive(self.seed, row, start) for row in rows]
+        seeds = self.target.seeds(rows, self.seed, start)
         return self.guide.draw(rows, len(wide), seeds, scales, self.proposal.inflation)
 
     def _log_proposal(self, draws: Draws, wide: Tensor) -> Tensor:

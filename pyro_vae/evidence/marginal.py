@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from tqdm import tqdm
 from pyro_vae import programs
 from pyro_vae.data import Split
 from pyro_vae.errors import ConfigError, DataError, UnknownNameError
+from pyro_vae.evidence.ais import Settings
+from pyro_vae.evidence.annealing import Start
 from pyro_vae.evidence.diagnostics import checkpoints
-from pyro_vae.evidence.figures import exact_figures, figures
-from pyro_vae.evidence.grid import TOLERANCE, GridIntegrator
-from pyro_vae.evidence.importance import Proposal, Sampler
+from pyro_vae.evidence.draws import Guide
+from pyro_vae.evidence.importance import Proposal
+from pyro_vae.evidence.methods import METHODS, Columns, Options
 from pyro_vae.evidence.result import Evidence
 from pyro_vae.evidence.target import Target
 from pyro_vae.provenance import fingerprint, versions
@@ -38,6 +40,8 @@ def log_marginal(
     method: str = "is",
     seed: int = 0,
     defensive: float = 0.1,
+    annealing: Settings | None = None,
+    start: Start = "guide",
     chunk_bytes: int = CHUNK_BYTES,
     progress: bool | None = None,
 ) -> Evidence:
@@ -59,13 +63,22 @@ def log_marginal(
             is binarised anew at every visit is binarised once, as its `fixed()` says.
         args: further arguments of the programs; tensors of length N are taken by row.
         num_samples: K, exactly.
-        method: "is", importance sampling. "grid", the trapezoid rule over one or two latent
-            dimensions, doubled until no log p(x) moves by 1e-3 nats; `se` then holds the last
-            change. "enumerate", the exact sum where every latent site is discrete. Discrete sites
-            that the guide leaves to the model are summed over by every method.
+        method: "is", importance sampling. "ais", annealed importance sampling (Neal 2001) by
+            Hamiltonian Monte Carlo in the guide's coordinates: `annealing.chains` log weights,
+            whose log mean is a lower bound in expectation too. "grid", the trapezoid rule over one
+            or two latent dimensions, doubled until no log p(x) moves by 1e-3 nats; `se` then holds
+            the last change. "enumerate", the exact sum where every latent site is discrete.
+            "auto", importance sampling for every datum that a pilot finds sound, and for the others
+            the grid, in one or two real latent dimensions, or annealing; the method used is
+            recorded a datum. Discrete sites that the guide leaves to the model are summed over by
+            every method.
         seed: of the draws.
         defensive: share of the draws that are made with the guide's noise inflated 1.5 times
             (Hesterberg 1995), where the guide's distributions allow it; 0 for none.
+        annealing: chains, temperatures and steps of annealing.
+        start: where annealing starts, "guide" or "prior". From the prior it takes more
+            temperatures, and finds modes that the guide misses altogether and that no diagnostic of
+            the guide's weights shows.
         chunk_bytes: about how much memory intermediate results may take; it is halved whenever
             memory runs out.
         progress: show a progress bar; by default only on a terminal.
@@ -78,27 +91,33 @@ def log_marginal(
         NonFiniteError: log weights are NaN.
         ConfigError, UnknownNameError: an option means nothing.
     """
-    _check_options(num_samples, method, defensive, chunk_bytes)
+    _check_options(num_samples, method, defensive, start, chunk_bytes)
     x, args = prepare(model, guide, x, args)
     started = time.perf_counter()
     with undisturbed(model, guide):
         target = Target(model, guide, x, args, enumerate_all=method == "enumerate")
+        proposal = Proposal(share=0.0)
+        if method in ("is", "auto") and Guide(target).is_map:
+            proposal = Proposal(defensive)
+        options = Options(num_samples, seed, chunk_bytes, proposal, annealing or Settings(), start)
         bar = tqdm(
             total=target.size, unit="datum", unit_scale=True, dynamic_ncols=True, desc="log p(x)",
             disable=None if progress is None else not progress,
         )  # fmt: skip
         with bar:
-            evaluate, chunks, about = _METHODS[method](
-                target, num_samples, seed, chunk_bytes, Proposal(defensive)
-            )
-            parts = []
-            for rows in chunks:
-                parts.append(evaluate(rows))
+            results = []
+            for rows, columns in METHODS[method](target, options):
+                results.append((rows, columns))
                 bar.update(len(rows))
     provenance = {
         "seed": seed,
         "method": method,
-        **about,
+        "proposal": asdict(proposal),
+        **(
+            {"annealing": {**asdict(options.annealing), "start": start}}
+            if method in ("ais", "auto")
+            else {}
+        ),
         "precision": str(x.dtype).removeprefix("torch."),
         "device": str(x.device),
         "seconds": time.perf_counter() - started,
@@ -107,63 +126,20 @@ def log_marginal(
         "versions": versions(),
     }
     return _collect(
-        parts, data_size=target.data_size, provenance=provenance, source=(model, guide, x, *args)
+        results, data_size=target.data_size, provenance=provenance, source=(model, guide, x, *args)
     )
 
 
-Columns = dict[str, np.ndarray]
-Plan = tuple[Callable[[range], Columns], list[range], dict[str, Any]]
-
-
-def _by_importance(
-    target: Target, num_samples: int, seed: int, chunk_bytes: int, proposal: Proposal
-) -> Plan:
-    sampler = Sampler(target, num_samples, seed, chunk_bytes, proposal)
-    about = {"inflated_share": sampler.proposal.share, "inflation": sampler.proposal.inflation}
-    return lambda rows: figures(sampler.weights(rows)), sampler.chunks(), {"proposal": about}
-
-
-def _by_grid(
-    target: Target, num_samples: int, seed: int, chunk_bytes: int, proposal: Proposal
-) -> Plan:
-    integrator = GridIntegrator(target, seed, chunk_bytes)
-
-    def evaluate(rows: range) -> Columns:
-        grid = integrator.integrate(rows)
-        log_px, change = grid.log_px.numpy(), grid.change.numpy()
-        return exact_figures(log_px, change, "grid", grid.points, change > TOLERANCE)
-
-    return evaluate, integrator.chunks(), {"tolerance": TOLERANCE}
-
-
-def _by_enumeration(
-    target: Target, num_samples: int, seed: int, chunk_bytes: int, proposal: Proposal
-) -> Plan:
-    states = math.prod(len(values) for values in target.supports.values())
-    step = max(1, chunk_bytes // target.bytes_per_pair)
-
-    def evaluate(rows: range) -> Columns:
-        log_px = target.log_joint(rows, {})[0].double().cpu().numpy()
-        zero = np.zeros(len(rows))
-        return exact_figures(log_px, zero, "enumerate", states, zero > 0)
-
-    chunks = [range(i, min(i + step, target.size)) for i in range(0, target.size, step)]
-    return evaluate, chunks, {"states": states}
-
-
-_METHODS: dict[str, Callable[[Target, int, int, int, Proposal], Plan]] = {
-    "is": _by_importance,
-    "grid": _by_grid,
-    "enumerate": _by_enumeration,
-}
-
-
-def _check_options(num_samples: int, method: str, defensive: float, chunk_bytes: int) -> None:
-    if method not in _METHODS:
-        known = ", ".join(f'"{name}"' for name in _METHODS)
+def _check_options(
+    num_samples: int, method: str, defensive: float, start: str, chunk_bytes: int
+) -> None:
+    if method not in METHODS:
+        known = ", ".join(f'"{name}"' for name in METHODS)
         raise UnknownNameError(f"method is one of {known}; got {method!r}")
     if num_samples < 1:
         raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
+    if start not in ("guide", "prior"):
+        raise ConfigError(f'start is "guide" or "prior", got {start!r}')
     if not 0 <= defensive < 1:
         raise ConfigError(f"defensive is a share in [0, 1), got {defensive}")
     if chunk_bytes < 1:
@@ -205,15 +181,15 @@ def undisturbed(*programs_: Program) -> Iterator[None]:
         yield
 
 
-def _collect(parts: list[Columns], **about: Any) -> Evidence:
+def _collect(results: list[tuple[list[int], Columns]], **about: Any) -> Evidence:
+    order = np.argsort(np.concatenate([np.array(rows, int) for rows, _ in results]))
+    names = [name for name in results[0][1] if name != "convergence"]
     columns: dict[str, Any] = {
-        name: np.concatenate([part[name] for part in parts])
-        for name in parts[0]
-        if name != "convergence"
+        name: np.concatenate([part[name] for _, part in results])[order] for name in names
     }
     convergence = {}
-    if all("convergence" in part for part in parts):
-        means = np.concatenate([part["convergence"] for part in parts]).mean(0)
+    if all("convergence" in part for _, part in results):
+        means = np.concatenate([part["convergence"] for _, part in results]).mean(0)
         ks = checkpoints(int(columns["num_samples"].max()))
         convergence = dict(zip(ks, means.tolist(), strict=True))
     return Evidence(**columns, convergence=convergence, **about)

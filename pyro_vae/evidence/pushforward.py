@@ -59,6 +59,18 @@ def push(fn: Distribution, u: Tensor) -> tuple[Tensor, Tensor]:
     return z, log_det
 
 
+def pull(fn: Distribution, z: Tensor) -> Tensor:
+    """u with T(u) = z, of a distribution that `is_pushforward` accepts; `(*B, *E)`, as z."""
+    if isinstance(fn, td.Normal):
+        return (z - fn.loc) / fn.scale
+    if isinstance(fn, td.MultivariateNormal):
+        centred = (z - fn.loc).unsqueeze(-1)
+        return torch.linalg.solve_triangular(fn.scale_tril, centred, upper=False).squeeze(-1)
+    for transform in reversed(getattr(fn, "transforms", [])):
+        z = transform.inv(z)
+    return pull(fn.base_dist, z)
+
+
 def log_normal(squares: Tensor, size: Tensor | float, scale: float = 1.0) -> Tensor:
     """log N(u; 0, scale² I) from sum(u²) and the number of dimensions."""
     return -0.5 * squares / scale**2 - size * (0.5 * LOG_2PI + math.log(scale))

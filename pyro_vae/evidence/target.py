@@ -22,6 +22,7 @@ from pyro_vae.evidence.sites import (
     discrete_values,
 )
 from pyro_vae.programs import Pair, Run
+from pyro_vae.seeding import derive
 from pyro_vae.typing import Program
 
 PROBE_ROWS = 3
@@ -36,6 +37,7 @@ class Target:
         x: `(N, ...)`, on the device and in the precision of the programs.
         args: further arguments; tensors of length N are taken by row, as `x` is.
         enumerate_all: sum over all latent sites, which must be discrete, and leave the guide out.
+        ids: numbers of the rows that fix their random streams; by default 0, 1, ...
 
     Attributes:
         evaluations: (datum, draw) pairs that the model was run on so far.
@@ -52,7 +54,9 @@ class Target:
         x: Tensor,
         args: Sequence[Any] = (),
         enumerate_all: bool = False,
+        ids: Sequence[int] | None = None,
     ) -> None:
+        self.ids = range(len(x)) if ids is None else ids
         self.model, self.guide = model, guide
         self.arguments = (x, *args)
         self.size = len(x)
@@ -78,6 +82,19 @@ class Target:
         self.latent_size = sum(value.numel() for value in run.values.values()) // len(rows)
         self.data_size = sum(s["value"].numel() for _, s in run.observed) // len(rows)
         self.bytes_per_pair = self._measure()
+
+    def subset(self, chosen: Sequence[int]) -> Target:
+        """The target of some of the rows, which keep their random streams."""
+        index = torch.as_tensor(list(chosen), device=self.arguments[0].device)
+        x, *args = (
+            a[index] if isinstance(a, Tensor) and a.dim() and len(a) == self.size else a
+            for a in self.arguments
+        )
+        return Target(self.model, self.guide, x, args, ids=[self.ids[i] for i in chosen])
+
+    def seeds(self, rows: range, seed: int, *keys: int) -> list[int]:
+        """A seed for each of the rows."""
+        return [derive(seed, self.ids[row], *keys) for row in rows]
 
     def pair(self, rows: range, num_draws: int) -> Pair:
         """The programs on some rows, to be run for several draws at once."""
