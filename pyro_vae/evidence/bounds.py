@@ -57,10 +57,9 @@ class Sandwich:
 
     def __str__(self) -> str:
         told = (
-            f"The estimator can be trusted to {self.tolerance:g} nats on data like the model's own"
+            f"Estimates can be trusted to {self.tolerance:g} nats on data like the model's own"
             if self.tight
-            else f"The gap exceeds {self.tolerance:g} nats: estimates of this model are bounds, not "
-            "values"
+            else f"The gap exceeds {self.tolerance:g} nats: read estimates of this model as bounds"
         )
         return (
             f"{self.lower.mean():.3f} <= log p(x) <= {self.upper.mean():.3f} nats a datum, "
