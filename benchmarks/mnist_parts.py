@@ -69,7 +69,7 @@ def main() -> None:
         rows.append({
             "name": name, "log_px": found.mean, "se_total": found.se_total,
             "gain": gain.mean().item(), "gain_se": (gain.std() / len(gain) ** 0.5).item(),
-            "active_units": int(pv.active_units(vae.guide, test).sum()),
+            "active_units": pv.active_units(vae.guide, test).number,
             "seconds": run.metrics[-1]["seconds"],
         })  # fmt: skip
         print(rows[-1])

@@ -3,15 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae import errors, likelihoods, networks, posteriors, priors
+from pyro_vae import distributions, errors, likelihoods, networks, posteriors, priors, schedules
 from pyro_vae.data import Data, Split
+from pyro_vae.diagnostics import active_units
 from pyro_vae.objectives import ELBO, IWAE, MIWAE
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
     from pyro_vae import datasets, plots, training
     from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
-    from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights
+    from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
 
 __all__ = [
     "ELBO",
@@ -22,8 +23,10 @@ __all__ = [
     "Evidence",
     "Run",
     "Split",
+    "active_units",
     "compare",
     "datasets",
+    "distributions",
     "errors",
     "exact",
     "fit",
@@ -37,6 +40,8 @@ __all__ = [
     "read_metrics",
     "sandwich",
     "save_weights",
+    "schedules",
+    "track_log_px",
     "training",
 ]
 
@@ -52,6 +57,7 @@ _HOMES = {
     "read_metrics": "pyro_vae.training",
     "sandwich": "pyro_vae.evidence",
     "save_weights": "pyro_vae.training",
+    "track_log_px": "pyro_vae.training",
 }
 _MODULES = ("datasets", "plots", "training")
 

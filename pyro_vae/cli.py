@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from pyro_vae.data import Data, Split
 from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError, RunExistsError
 
 RUN = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -97,10 +98,16 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     default="dynamic",
     help="How grey values become binary.",
 )
-@click.option("--prior", default="normal", help="p(z).")
-@click.option("--likelihood", default="bernoulli", help="p(x|z).")
-@click.option("--posterior", default="diagonal", help="q(z|x).")
+@click.option("--prior", default="normal", help="p(z): normal, mixture, vamp or flow.")
+@click.option("--likelihood", default="bernoulli", help="p(x|z): bernoulli, normal, ...")
+@click.option("--posterior", default="diagonal", help="q(z|x): diagonal, full_rank or flow.")
 @click.option("--network", default="mlp", help="Of encoder and decoder: mlp, gated or conv.")
+@click.option(
+    "--components",
+    type=click.IntRange(1),
+    default=100,
+    help="Of a mixture prior; pseudo-inputs of a VampPrior.",
+)
 @click.option("--latent", type=click.IntRange(1), default=2, help="Dimension of z.")
 @click.option("--hidden", type=Sizes(), default="200,200", help="Sizes of the hidden layers.")
 @click.option(
@@ -116,6 +123,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     default="auto",
     help="KL estimator; auto takes the closed form where there is one.",
 )
+@click.option(
+    "--gradient",
+    type=click.Choice(["standard", "stl", "dreg"]),
+    default="standard",
+    help="Gradient estimator; stl needs --kl monte_carlo or iwae, dreg needs iwae.",
+)
 @click.option("--kl-weight", type=float, default=1.0, help="Beta.")
 @click.option("--free-bits", type=float, default=0.0, help="Nats each latent dimension may keep.")
 @click.option(
@@ -127,6 +140,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option("--kl-warmup", type=click.IntRange(0), default=0, help="Epochs of linear warm-up.")
 @click.option("--gradient-clip", type=float, default=None, help="Largest norm of the gradient.")
 @click.option("--patience", type=click.IntRange(1), default=None, help="Epochs without gain.")
+@click.option(
+    "--log-px-every",
+    type=click.IntRange(0),
+    default=0,
+    help="Epochs between estimates of log p(x) on 500 validation data; 0 for none.",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", default="32-true", help="32-true, 64-true, bf16-mixed or 16-mixed.")
 @click.option("--seed", type=int, default=0, help="Of weights, data and training.")
@@ -137,7 +156,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **options: Any) -> None:
     """Train a VAE into a run folder."""
     from pyro_vae.recipes import Recipe, build_objective, build_vae, load_data
-    from pyro_vae.training import fit
+    from pyro_vae.schedules import Warmup
+    from pyro_vae.training import fit, track_log_px
 
     if resume:
         options |= _options_of(out, ctx)
@@ -149,8 +169,9 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     recipe = Recipe.from_json(entries)
     data = load_data(recipe)
     vae = build_vae(recipe, data)
-    steps_an_epoch = -(-len(data.train) // fitting["batch_size"])
-    warmup = fitting.pop("kl_warmup") * steps_an_epoch
+    warmup = fitting.pop("kl_warmup") * -(-len(data.train) // fitting["batch_size"])
+    every = fitting.pop("log_px_every")
+    trackers = [track_log_px(vae, _part(data, "valid")[:500], every)] if every else []
     run = fit(
         vae,
         data,
@@ -158,7 +179,8 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
         out=out,
         overwrite=overwrite,
         resume=resume,
-        kl_schedule=(lambda step: min(1.0, step / warmup)) if warmup else None,
+        kl_schedule=Warmup(warmup) if warmup else None,
+        trackers=trackers,
         seed=recipe.seed,
         config={"recipe": recipe.to_json(), "options": options},
         **fitting,
@@ -190,10 +212,7 @@ def evaluate(
 
     target = _new_file(run / "evidence.npz", overwrite)
     vae, data, _ = load_run(run)
-    split = getattr(data, part)
-    if split is None:
-        raise ConfigError(f'the data of this run have no "{part}" part')
-    x = split.fixed().x[:limit]
+    x = _part(data, part).x[:limit]
     evidence = pv.log_marginal(vae.model, vae.guide, x, num_samples=num_samples, seed=seed)
     evidence.save(target)
     click.echo(f"{part}: {evidence}")
@@ -250,6 +269,13 @@ def plot(run: Path, seed: int, overwrite: bool) -> None:
     for name, draw in figures.items():
         draw().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
         click.echo(f"{folder / name}.png")
+
+
+def _part(data: Data, name: str) -> Split:
+    split = getattr(data, name)
+    if split is None:
+        raise ConfigError(f'these data have no "{name}" part; choose another split')
+    return split.fixed()
 
 
 def _new_file(path: Path, overwrite: bool) -> Path:

@@ -67,8 +67,8 @@ class Split:
         return Split(self.draw(self.x, generator), self.y)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """What `numpy.asarray` and `torch.as_tensor` see: the fixed data."""
-        return np.asarray(self.fixed().x.cpu().numpy(), dtype=dtype)
+        """What `numpy.asarray` sees: the fixed data."""
+        return np.array(self.fixed().x.cpu().numpy(), dtype=dtype, copy=copy)
 
 
 @dataclass(frozen=True)

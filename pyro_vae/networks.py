@@ -18,37 +18,38 @@ from pyro_vae.errors import ConfigError, ShapeError
 
 
 class Network(nn.Module):
-    """Base of the networks here: knows its sizes, checks its input, exposes its output bias.
+    """Base of the networks here: layers over rows, for inputs with any leading dimensions.
 
     Args:
         in_features, out_features: sizes of the vectors.
+        layers: from rows `(n, in_features)` to rows of `out_features` values.
 
     Raises:
         ShapeError: at call, when the last dimension of the input is not `in_features`.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, layers: nn.Sequential) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.layers = layers
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,):
             raise ShapeError(
                 f"{type(self).__name__} takes vectors of {self.in_features} values, "
                 f"got an input of shape {tuple(x.shape)}"
             )
-        return self.transform(x)
-
-    def transform(self, x: Tensor) -> Tensor:
-        """What the network computes, its input checked."""
-        raise NotImplementedError
+        rows = x.reshape(-1, self.in_features)
+        return self.layers(rows).reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def set_output_bias(self, bias: Tensor) -> None:
         """Make the output start around `bias`, `(out_features,)` or fewer leading ones."""
-        raise NotImplementedError
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias[: len(bias)].copy_(bias)
 
 
 class MLP(Network):
@@ -68,19 +69,12 @@ class MLP(Network):
         out_features: int,
         activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
-        super().__init__(in_features, out_features)
         sizes = [in_features, *hidden]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), activation()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_features))
-
-    def transform(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-    @torch.no_grad()
-    def set_output_bias(self, bias: Tensor) -> None:
-        _last_linear_bias(self.layers)[: len(bias)].copy_(bias)
+        last = nn.Linear(sizes[-1], out_features)
+        super().__init__(in_features, out_features, nn.Sequential(*layers, last))
 
 
 class GatedDense(nn.Module):
@@ -95,20 +89,18 @@ class GatedDense(nn.Module):
 
 
 class GatedMLP(Network):
-    """Fully connected network of gated layers, as in Tomczak & Welling 2017."""
+    """Fully connected network of gated layers, as in Tomczak & Welling 2017.
+
+    Args:
+        in_features, out_features: sizes of the vectors.
+        hidden: sizes of the hidden layers; none makes an affine map.
+    """
 
     def __init__(self, in_features: int, hidden: Sequence[int], out_features: int) -> None:
-        super().__init__(in_features, out_features)
         sizes = [in_features, *hidden]
-        gated = [GatedDense(a, b) for a, b in pairwise(sizes)]
-        self.layers = nn.Sequential(*gated, nn.Linear(sizes[-1], out_features))
-
-    def transform(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-    @torch.no_grad()
-    def set_output_bias(self, bias: Tensor) -> None:
-        _last_linear_bias(self.layers)[: len(bias)].copy_(bias)
+        gated = [GatedDense(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes)]
+        last = nn.Linear(sizes[-1], out_features)
+        super().__init__(in_features, out_features, nn.Sequential(*gated, last))
 
 
 class ConvEncoder(Network):
@@ -124,18 +116,13 @@ class ConvEncoder(Network):
         self, image_shape: Sequence[int], channels: Sequence[int], out_features: int
     ) -> None:
         shape = _with_channels(image_shape)
-        super().__init__(math.prod(shape), out_features)
-        sizes = [shape[0], *channels]
+        maps = [shape[0], *channels]
         layers: list[nn.Module] = [nn.Unflatten(-1, shape)]
-        for a, b in pairwise(sizes):
-            layers += [nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1), nn.SiLU()]
-        (height, width), *_ = reversed(_halvings(shape[1:], len(channels)))
-        layers += [nn.Flatten(-3), nn.Linear(sizes[-1] * height * width, out_features)]
-        self.layers = nn.Sequential(*layers)
-
-    def transform(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        return self.layers(rows).reshape(*x.shape[:-1], self.out_features)
+        for fine, coarse in pairwise(maps):
+            layers += [nn.Conv2d(fine, coarse, kernel_size=3, stride=2, padding=1), nn.SiLU()]
+        height, width = _halvings(shape[1:], len(channels))[-1]
+        layers += [nn.Flatten(-3), nn.Linear(maps[-1] * height * width, out_features)]
+        super().__init__(math.prod(shape), out_features, nn.Sequential(*layers))
 
 
 class ConvDecoder(Network):
@@ -152,30 +139,29 @@ class ConvDecoder(Network):
         self, in_features: int, channels: Sequence[int], image_shape: Sequence[int]
     ) -> None:
         shape = _with_channels(image_shape)
-        super().__init__(in_features, math.prod(shape))
         if not channels:
             raise ConfigError("ConvDecoder needs at least one number of channels, got none")
-        self.image_shape = shape
-        sizes = list(reversed(_halvings(shape[1:], len(channels))))
-        (height, width), *finer = sizes
+        sizes = _halvings(shape[1:], len(channels))[::-1]
+        maps = [*channels, shape[0]]
         layers: list[nn.Module] = [
-            nn.Linear(in_features, channels[0] * height * width),
-            nn.Unflatten(-1, (channels[0], height, width)),
+            nn.Linear(in_features, maps[0] * math.prod(sizes[0])),
+            nn.Unflatten(-1, (maps[0], *sizes[0])),
         ]
-        targets = [*channels[1:], shape[0]]
-        for i, (a, b) in enumerate(zip(channels, targets, strict=True)):
-            # a doubled odd size comes out one too large: the kernel shrinks by that one
-            kernel = tuple(4 - (2 * sizes[i][d] - finer[i][d]) for d in range(2))
-            layers += [nn.SiLU(), nn.ConvTranspose2d(a, b, kernel, stride=2, padding=1)]  # type: ignore[arg-type]
-        self.layers = nn.Sequential(*layers)
-
-    def transform(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        return self.layers(rows).reshape(*x.shape[:-1], self.out_features)
+        for i, (size, doubled) in enumerate(pairwise(sizes)):
+            # where the size aimed at is odd, doubling would be one too large: the kernel shrinks
+            kernel = (4 - 2 * size[0] + doubled[0], 4 - 2 * size[1] + doubled[1])
+            layers += [
+                nn.SiLU(),
+                nn.ConvTranspose2d(maps[i], maps[i + 1], kernel, stride=2, padding=1),
+            ]
+        super().__init__(in_features, math.prod(shape), nn.Sequential(*layers))
+        self.image_shape = shape
 
     @torch.no_grad()
     def set_output_bias(self, bias: Tensor) -> None:
-        """One bias a channel: the mean of the pixels' biases."""
+        """Make the output start around `bias`, whole channels of it: one value a channel, the mean
+        over its pixels.
+        """
         last = self.layers[-1]
         assert isinstance(last, nn.ConvTranspose2d)
         assert last.bias is not None
@@ -207,9 +193,3 @@ def _halvings(size: Sequence[int], times: int) -> list[tuple[int, int]]:
         height, width = sizes[-1]
         sizes.append((-(-height // 2), -(-width // 2)))
     return sizes
-
-
-def _last_linear_bias(layers: nn.Sequential) -> Tensor:
-    last = layers[-1]
-    assert isinstance(last, nn.Linear)
-    return last.bias

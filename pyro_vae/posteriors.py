@@ -6,12 +6,21 @@ Contract: `forward(x, context=None) -> Distribution` with the batch shape of `x`
 
 from __future__ import annotations
 
-import pyro.distributions as dist
-from torch import Tensor, nn
-from torch.nn.functional import softplus
+from collections.abc import Sequence
+from typing import Any
 
+import pyro.distributions as dist
+import torch
+from pyro.nn import ConditionalAutoRegressiveNN
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints, register_kl
+from torch.nn.functional import logsigmoid, softplus
+
+from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.networks import concatenate
 from pyro_vae.typing import Distribution
+
+LOG_VARIANCE_RANGE = (-15.0, 10.0)
 
 
 class DiagonalNormal(nn.Module):
@@ -28,7 +37,7 @@ class DiagonalNormal(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, log_variance_range: tuple[float, float] = (-15.0, 10.0)
+        self, network: nn.Module, log_variance_range: tuple[float, float] = LOG_VARIANCE_RANGE
     ) -> None:
         super().__init__()
         self.network = network
@@ -40,7 +49,204 @@ class DiagonalNormal(nn.Module):
         return dist.Normal(loc, scale).to_event(1)
 
 
+class FullRankNormal(nn.Module):
+    """A Normal with correlated dimensions, from the Cholesky factor of its covariance.
+
+    The network's outputs are the means, twice the logarithms of the factor's diagonal (the
+    log-variances where the rest is zero, bounded as in `DiagonalNormal`), and the factor's lower
+    triangle, row by row. Its KL to `StandardNormal` and to any product of Normals is analytic.
+
+    Args:
+        network: maps `(..., features)` to `(..., FullRankNormal.outputs(latent))`.
+        latent: dimension of z.
+        log_variance_range: the bounds.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        latent: int,
+        log_variance_range: tuple[float, float] = LOG_VARIANCE_RANGE,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.latent = latent
+        self.log_variance_range = log_variance_range
+        rows, columns = torch.tril_indices(latent, latent, -1)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
+
+    @staticmethod
+    def outputs(latent: int) -> int:
+        """How many network outputs: `latent` means and a lower triangle."""
+        return latent + latent * (latent + 1) // 2
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
+        """q(z|x).
+
+        Raises:
+            ShapeError: the network has not `FullRankNormal.outputs` outputs.
+        """
+        outputs = self.network(concatenate(x, context))
+        expect_outputs(outputs, self.outputs(self.latent))
+        loc, log_variance, below = outputs.split(
+            [self.latent, self.latent, outputs.shape[-1] - 2 * self.latent], dim=-1
+        )
+        diagonal = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        factor = diagonal.diag_embed()
+        factor[..., self.rows, self.columns] = below
+        return dist.MultivariateNormal(loc, scale_tril=factor)
+
+
+class InverseAutoregressiveFlow(nn.Module):
+    """A diagonal Normal pushed through inverse autoregressive steps (Kingma et al. 2016, alg. 1).
+
+    Every step is `z = s z + (1 - s) m` (their eq. 14) with m and s = sigmoid(g) from a masked
+    network over z and a context that the encoder outputs; the order of the dimensions turns around
+    after each. A draw and its log-density take one pass of each step: the draw remembers where it
+    came from. The log-density of any other z needs the inverse, one dimension after the other,
+    `latent` passes of each step. That is what a `VampPrior` over this posterior asks for, and the
+    `"stl"` and `"dreg"` gradients, which evaluate q anew with its parameters stopped. There is no
+    analytic KL; use `ELBO(kl="monte_carlo")`.
+
+    Args:
+        network: maps `(..., features)` to `(..., 2 * latent + context_features)`: means,
+            log-variances (bounded as in `DiagonalNormal`), context.
+        latent: dimension of z, at least 2.
+        context_features: size of the context, at least 1.
+        steps: how many.
+        hidden: sizes of the hidden layers of each step's network, each at least `latent`.
+        log_variance_range: the bounds.
+
+    Raises:
+        ConfigError: a size is not as above.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        latent: int,
+        context_features: int,
+        steps: int = 2,
+        hidden: Sequence[int] = (64,),
+        log_variance_range: tuple[float, float] = LOG_VARIANCE_RANGE,
+    ) -> None:
+        super().__init__()
+        if latent < 2 or context_features < 1 or steps < 1:
+            raise ConfigError(
+                "an autoregressive flow needs latent >= 2, context_features >= 1 and steps >= 1, "
+                f"got {latent}, {context_features} and {steps}"
+            )
+        if not hidden or min(hidden) < latent:
+            raise ConfigError(f"hidden layers must not be smaller than latent={latent}: {hidden}")
+        self.network = network
+        self.latent, self.context_features = latent, context_features
+        self.log_variance_range = log_variance_range
+        forwards = list(range(latent))
+        self.orders = [forwards if i % 2 == 0 else forwards[::-1] for i in range(steps)]
+        self.networks = nn.ModuleList(
+            ConditionalAutoRegressiveNN(
+                latent,
+                context_features,
+                list(hidden),
+                permutation=torch.LongTensor(order),
+                nonlinearity=nn.ELU(),
+            )
+            for order in self.orders
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
+        """q(z|x).
+
+        Raises:
+            ShapeError: the network has not `2 * latent + context_features` outputs.
+        """
+        outputs = self.network(concatenate(x, context))
+        expect_outputs(outputs, 2 * self.latent + self.context_features)
+        loc, log_variance, h = outputs.split(
+            [self.latent, self.latent, self.context_features], dim=-1
+        )
+        scale = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        steps = [
+            AutoregressiveStep(network, h, order)
+            for network, order in zip(self.networks, self.orders, strict=True)
+        ]
+        return dist.TransformedDistribution(dist.Normal(loc, scale).to_event(1), steps)
+
+
+class AutoregressiveStep(Transform):
+    """`y = s x + (1 - s) m`, with m_i and s_i functions of the x before the i-th and of a context.
+
+    Made anew for every distribution, so that what it remembers lives as long as the draw.
+
+    Args:
+        network: a masked network that returns m and the logit of s.
+        context: `(*batch, context_features)`.
+        order: of the dimensions, each after those it depends on.
+    """
+
+    domain = codomain = constraints.independent(constraints.real, 1)
+    bijective = True
+
+    def __init__(self, network: Any, context: Tensor, order: Sequence[int]) -> None:
+        super().__init__(cache_size=1)
+        self.order = order
+        self.network = network
+        self.context = context
+        self._remembered: tuple[Tensor, Tensor] | None = None
+
+    def _shift_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, gate = self.network(x, self.context)
+        return shift, gate + 1.5  # starts near the identity: Kingma et al. 2016, app. C.2
+
+    def _call(self, x: Tensor) -> Tensor:
+        shift, gate = self._shift_and_gate(x)
+        self._remembered = (x, logsigmoid(gate).sum(-1))
+        s = torch.sigmoid(gate)
+        return s * x + (1 - s) * shift
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        batch = torch.broadcast_shapes(y.shape[:-1], self.context.shape[:-1])
+        y = y.expand(*batch, y.shape[-1])
+        x = torch.zeros_like(y)
+        for i in self.order:
+            shift, gate = self._shift_and_gate(x)
+            column = y[..., i] + (y[..., i] - shift[..., i]) * torch.exp(-gate[..., i])
+            x = torch.cat([x[..., :i], column.unsqueeze(-1), x[..., i + 1 :]], dim=-1)
+        self._remembered = None
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._remembered is not None and self._remembered[0] is x:
+            return self._remembered[1]
+        _, gate = self._shift_and_gate(x)
+        return logsigmoid(gate).sum(-1)
+
+
 def smooth_clamp(x: Tensor, low: float, high: float) -> Tensor:
     """The identity well inside `[low, high]`, bent into the bounds by one softplus at each end."""
     bounded_below = low + softplus(x - low)
     return high - softplus(high - bounded_below)
+
+
+def expect_outputs(outputs: Tensor, size: int) -> None:
+    """Raise `ShapeError` unless the network has this many outputs."""
+    if outputs.shape[-1] != size:
+        raise ShapeError(
+            f"the posterior needs {size} network outputs, got shape {tuple(outputs.shape)}"
+        )
+
+
+@register_kl(dist.MultivariateNormal, dist.Independent)
+def _kl_full_rank_to_product(q: Any, p: Any) -> Tensor:
+    """KL of a full-rank Normal to a product of Normals (Kullback 1959, ch. 9, eq. 1.2)."""
+    if not isinstance(p.base_dist, torch.distributions.Normal) or len(p.event_shape) != 1:
+        raise NotImplementedError
+    m, s = p.base_dist.loc, p.base_dist.scale
+    variance = q.scale_tril.square().sum(-1)
+    log_det = q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    quadratic = (variance + (q.loc - m) ** 2) / s**2
+    return (0.5 * (quadratic - 1) + s.log()).sum(-1) - log_det

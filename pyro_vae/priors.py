@@ -1,16 +1,26 @@
 """p(z): modules that return a distribution over one latent vector.
 
 Contract: `forward(context=None) -> Distribution` with event shape `(latent,)` and batch shape `()`
-(or the context's). Any callable that returns such a distribution serves in place of a module.
+(or the context's). Any callable that returns such a distribution serves in place of a module:
+
+    prior = lambda: dist.Laplace(torch.zeros(8), 1.0).to_event(1)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from pyro_vae.typing import Distribution
+from pyro_vae.distributions import EMPTY
+from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.mixtures import NormalMixture
+from pyro_vae.typing import Conditional, Distribution
 
 
 class StandardNormal(nn.Module):
@@ -31,3 +41,222 @@ class StandardNormal(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> Distribution:
         return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+class GaussianMixture(nn.Module):
+    """sum_c w_c N(m_c, diag(s_c^2)), fixed or learned.
+
+    Its draws are not reparametrised: they are for generating, and training draws z from q. There is
+    no analytic KL to it; use `ELBO(kl="monte_carlo")`.
+
+    Args:
+        loc: means of the components, `(components, latent)`; for a learned mixture a start, e.g.
+            `torch.randn(10, latent)`.
+        scale: standard deviations, positive, broadcast to `loc`.
+        weights: of the components, positive, `(components,)`, up to a factor. Equal by default.
+        learned: whether means, scales and weights are parameters or stay as given.
+
+    Raises:
+        ConfigError: a scale or a weight is not positive.
+        ShapeError: `loc` is not a matrix, or there is not one weight a component.
+    """
+
+    loc: Tensor
+    log_scale: Tensor
+    logits: Tensor
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor | float = 1.0,
+        weights: Tensor | None = None,
+        learned: bool = True,
+    ) -> None:
+        super().__init__()
+        if loc.dim() != 2:
+            raise ShapeError(f"loc is (components, latent), got shape {tuple(loc.shape)}")
+        scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device).expand_as(loc)
+        weights = loc.new_ones(len(loc)) if weights is None else weights
+        if weights.shape != loc.shape[:1]:
+            raise ShapeError(f"{len(loc)} components, but weights of shape {tuple(weights.shape)}")
+        for name, value in (("scale", scale), ("weights", weights)):
+            if not (value > 0).all():
+                raise ConfigError(f"{name} must be positive, got {value.min().item():g}")
+        start = {"loc": loc, "log_scale": scale.log(), "logits": weights.log()}
+        for name, value in start.items():
+            value = value.detach().clone()
+            if learned:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        return NormalMixture(self.logits, self.loc, self.log_scale.exp())
+
+
+class VampPrior(nn.Module):
+    """The mixture of the posteriors at learned pseudo-inputs, (1/K) sum_k q(z|u_k)
+    (Tomczak & Welling 2017, eq. 9).
+
+    The prior holds the very posterior that the guide uses, so training moves both together. With a
+    context, the pseudo-inputs are encoded with each datum's own: `(N, K)` encodings. There is no
+    analytic KL; use `ELBO(kl="monte_carlo")`. One evaluation costs K encodings, whatever the batch,
+    and with a `DiagonalNormal` one matrix product for all K densities of all data. With other
+    posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow` each
+    needs the flow's inverse (see there).
+
+    Args:
+        posterior: of the same VAE: a module, or any callable of `(x)` (or `(x, context)`).
+        num_pseudo_inputs: K, 500 in the paper.
+        start: training data `(N, features)`, of which K rows are drawn without replacement; or
+            their mean `(features,)`, which K times with Gaussian noise makes the pseudo-inputs.
+        bounds: `(low, high)`, the range that pseudo-inputs are kept in, by a scaled sigmoid: none
+            reaches an end, and none gets stuck there. None leaves them free.
+        noise: standard deviation of the noise around a mean.
+        seed: of the rows, or of the noise.
+
+    Raises:
+        ConfigError: K is less than 1 or more than the rows, or `bounds` are not in order.
+        ShapeError: `start` is a number.
+    """
+
+    def __init__(
+        self,
+        posterior: Conditional,
+        num_pseudo_inputs: int,
+        start: Tensor,
+        *,
+        bounds: tuple[float, float] | None = None,
+        noise: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_pseudo_inputs < 1:
+            raise ConfigError(f"num_pseudo_inputs must be at least 1, got {num_pseudo_inputs}")
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ConfigError(f"bounds are (low, high), got {bounds}")
+        self.posterior = posterior
+        self.bounds = bounds
+        u = _pseudo_inputs(num_pseudo_inputs, start.detach(), noise, seed)
+        if bounds is not None:
+            low, high = bounds
+            # binary data lie on the ends, where a sigmoid has no gradient: start a little inside
+            u = torch.logit((u - low) / (high - low), eps=0.02)
+        self.raw = nn.Parameter(u)
+
+    @property
+    def pseudo_inputs(self) -> Tensor:
+        """`(K, features)`, within the bounds."""
+        if self.bounds is None:
+            return self.raw
+        low, high = self.bounds
+        return low + (high - low) * torch.sigmoid(self.raw)
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        u = self.pseudo_inputs
+        if context is None:
+            components = self.posterior(u)
+        else:
+            each = u.expand(*context.shape[:-1], *u.shape)
+            components = self.posterior(each, context.unsqueeze(-2))
+        logits = u.new_zeros(len(u))
+        normals = getattr(components, "base_dist", None)
+        if isinstance(normals, torch.distributions.Normal) and len(components.event_shape) == 1:
+            return NormalMixture(logits, normals.loc, normals.scale)
+        weights = dist.Categorical(logits=logits.expand(components.batch_shape))
+        return dist.MixtureSameFamily(weights, components)
+
+
+def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tensor:
+    """Where a `VampPrior` starts: rows of the data, or noise around their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    if start.dim() == 0:
+        raise ShapeError("pseudo-inputs start at data (N, features) or their mean (features,)")
+    if start.dim() == 1:
+        jitter = torch.randn((number, len(start)), generator=generator, dtype=start.dtype)
+        return start + noise * jitter.to(start.device)
+    if number > len(start):
+        raise ConfigError(f"{number} pseudo-inputs cannot start at {len(start)} rows of data")
+    rows = torch.randperm(len(start), generator=generator)[:number]
+    return start[rows.to(start.device)].clone()
+
+
+class Flow(nn.Module):
+    """A normalising flow: a learned invertible map of N(0, I) (Rezende & Mohamed 2015).
+
+    Takes any flow of zuko, e.g. `Flow(zuko.flows.NAF(latent))`. Training evaluates log p(z) at the
+    guide's draws and generating inverts the map, so coupling flows, which do both in one pass, suit
+    best: `Flow.spline` makes one. There is no analytic KL; use `ELBO(kl="monte_carlo")`.
+
+    Args:
+        flow: a `zuko.lazy.Flow`, called with the context.
+    """
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    @classmethod
+    def spline(
+        cls,
+        latent: int,
+        transforms: int = 3,
+        hidden: Sequence[int] = (64, 64),
+        context_features: int = 0,
+    ) -> Flow:
+        """A neural spline coupling flow (Durkan et al. 2019), the identity outside [-5, 5].
+
+        Args:
+            latent: dimension of z, at least 2 (a coupling needs two halves).
+            transforms: coupling layers.
+            hidden: sizes of the hidden layers of each.
+            context_features: size of the context.
+
+        Raises:
+            ConfigError: `latent` is less than 2.
+        """
+        if latent < 2:
+            raise ConfigError(f"a coupling flow needs at least two dimensions, got {latent}")
+        zuko = _zuko()
+        return cls(
+            zuko.flows.NSF(
+                latent,
+                context_features,
+                transforms=transforms,
+                hidden_features=tuple(hidden),
+                passes=2,
+            )
+        )
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        return FlowDistribution(self.flow(context))
+
+
+class FlowDistribution(TorchDistribution):
+    """A zuko distribution over vectors, with the manners of Pyro's (plates, masks, expansion)."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.independent(constraints.real, 1)
+    has_rsample = True
+
+    def __init__(self, flow: Any) -> None:
+        self.flow = flow
+        super().__init__(flow.batch_shape, flow.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+        return FlowDistribution(self.flow.expand(torch.Size(batch_shape)))
+
+    def rsample(self, sample_shape: Any = EMPTY) -> Tensor:
+        return self.flow.rsample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.flow.log_prob(value)
+
+
+def _zuko() -> Any:
+    """zuko, whose import switches off the validation of all of torch's distributions: undone."""
+    validate = torch.distributions.Distribution._validate_args
+    import zuko
+
+    torch.distributions.Distribution.set_default_validate_args(validate)
+    return zuko

@@ -20,7 +20,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 
@@ -33,10 +33,17 @@ PARTICLES = "num_particles_vectorized"
 
 @dataclass(frozen=True)
 class Run:
-    """One joint run: the guide's sites, and the model's with the guide's values in place."""
+    """One joint run: the guide's sites, and the model's with the guide's values in place.
+
+    Attributes:
+        model, guide: the sample sites by name, in the order in which they ran; without those of
+            `pyro.deterministic`, which have no density.
+        subsamples: the rows that each plate took, by the plate's name.
+    """
 
     model: Mapping[str, Site]
     guide: Mapping[str, Site]
+    subsamples: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def observed(self) -> Iterator[tuple[str, Site]]:
@@ -55,8 +62,10 @@ class Run:
 
     @property
     def auxiliary(self) -> Iterator[tuple[str, Site]]:
-        """The guide's sites that the model lacks (an AutoGuide's unconstrained values)."""
-        return ((name, site) for name, site in self.guide.items() if name not in self.model)
+        """The guide's sites that are no latents of the model (an AutoGuide's unconstrained
+        values)."""
+        latent = dict(self.latent)
+        return ((name, site) for name, site in self.guide.items() if name not in latent)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ class Pair:
         """Draw from the guide and replay the model at the draws.
 
         Raises:
-            SiteError: a latent site of the model has no counterpart in the guide.
+            SiteError: a latent site of the model has no counterpart in the guide; or, where Pyro's
+                validation is on, a site has batch dimensions that no plate declares.
         """
         guide_trace = poutine.trace(self._vectorized(self.guide)).get_trace(
             *self.args, **self.kwargs
@@ -86,7 +96,8 @@ class Pair:
         model_trace = poutine.trace(
             poutine.replay(self._vectorized(self.model), trace=guide_trace)
         ).get_trace(*self.args, **self.kwargs)
-        run = Run(_sample_sites(model_trace), _sample_sites(guide_trace))
+        subsamples = {**_subsamples(guide_trace), **_subsamples(model_trace)}
+        run = Run(_sample_sites(model_trace), _sample_sites(guide_trace), subsamples)
         for name, _ in run.latent:
             if name not in run.guide:
                 raise SiteError(
@@ -95,10 +106,16 @@ class Pair:
                 )
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace)
+            for name, site in [*run.model.items(), *run.guide.items()]:
+                _check_batch_shape(name, site)
         return run
 
     def sites_at(self, program: Program, values: Mapping[str, Tensor]) -> dict[str, Site]:
-        """The sample sites of a program run at the given values instead of draws of its own."""
+        """The sample sites of a program run at the given values instead of draws of its own.
+
+        A plate's name stands for the rows it takes: give `Run.subsamples` beside the draws, or a
+        subsampled plate takes others.
+        """
         with substitute(values):
             trace = poutine.trace(self._vectorized(program)).get_trace(*self.args, **self.kwargs)
         return _sample_sites(trace)
@@ -125,6 +142,8 @@ def plate_nesting(
 
 def log_prob(site: Site) -> Tensor:
     """log-density at the site's value, masked but not scaled, in the site's batch shape."""
+    if "log_prob" in site:
+        return site["log_prob"]
     return masked(site, site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
 
 
@@ -166,32 +185,41 @@ def sum_within(value: Tensor, plates: Sequence[int], nesting: int) -> Tensor:
     return value.sum(inner) if inner else value
 
 
-def frozen(program: Program) -> Program:
-    """The same program as a function of its inputs and values only: parameters are constants.
+def frozen_sites(pair: Pair, values: Mapping[str, Tensor]) -> dict[str, Site]:
+    """The guide's sites at `values`, and their log-densities, its parameters being constants.
 
-    Gradients still flow through values substituted at the sample sites; this is the stopped
-    log q of the path-derivative estimators (Roeder et al. 2017).
+    Gradients still flow through the values; this is the stopped log q of the path-derivative
+    estimators (Roeder et al. 2017). The guide's param messages stay within, so that SVI moves the
+    parameters themselves and not their constant stand-ins.
 
     Raises:
-        SiteError: at call, where a plain function uses parameters that nobody can reach from
-            outside (`pyro.module` within a function).
+        SiteError: a plain function uses parameters that nobody can reach from outside
+            (`pyro.module` within a function).
     """
-    if isinstance(program, nn.Module):
+    is_module = isinstance(pair.guide, nn.Module)
+    weigh = _Weigh(pair.guide)
+    detached = {name: p.detach() for name, p in weigh.named_parameters()}
+    with (
+        poutine.block(hide_types=["param"]),
+        _DetachParams(refuse_modules=not is_module),
+        warnings.catch_warnings(),
+    ):
+        # pyro.module remarks on every parameter that it finds without a gradient
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store")
+        return torch.func.functional_call(weigh, detached, (pair, values))
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            detached = {name: p.detach() for name, p in program.named_parameters()}
-            with _DetachParams(), warnings.catch_warnings():
-                # pyro.module remarks on every parameter that it finds without a gradient
-                warnings.filterwarnings("ignore", message=".*was not registered in the param store")
-                return torch.func.functional_call(program, detached, args, kwargs)
 
-        return call
+class _Weigh(nn.Module):
+    """Runs a program at given values and takes the log-densities before it returns: a flow's
+    density runs its network when it is asked for, and must find the parameters swapped then."""
 
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        with _DetachParams(refuse_modules=True):
-            return program(*args, **kwargs)
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
 
-    return guarded
+    def forward(self, pair: Pair, values: Mapping[str, Tensor]) -> dict[str, Site]:
+        sites = pair.sites_at(self.program, values)
+        return {name: {**site, "log_prob": log_prob(site)} for name, site in sites.items()}
 
 
 class substitute(Messenger):
@@ -268,7 +296,28 @@ def evaluating(*programs: Program) -> Iterator[None]:
 
 def _sample_sites(trace: poutine.Trace) -> dict[str, Site]:
     nodes = prune_subsample_sites(trace).nodes
-    return {name: dict(site) for name, site in nodes.items() if site["type"] == "sample"}
+    return {
+        name: dict(site)
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not (site["infer"] or {}).get("_deterministic")
+    }
+
+
+def _subsamples(trace: poutine.Trace) -> dict[str, Any]:
+    nodes = trace.nodes.items()
+    return {name: site["value"] for name, site in nodes if site_is_subsample(site)}
+
+
+def _check_batch_shape(name: str, site: Site) -> None:
+    declared = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    batch_shape = site["fn"].batch_shape
+    for dim in range(-len(batch_shape), 0):
+        if batch_shape[dim] != 1 and dim not in declared:
+            raise SiteError(
+                f'site "{name}" has batch shape {tuple(batch_shape)}, and no plate declares its '
+                f"dimension {dim}: put the site in a pyro.plate, or make the dimension part of "
+                "the event with .to_event()"
+            )
 
 
 def equal(a: Any, b: Any) -> bool:

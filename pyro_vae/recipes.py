@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from pyro_vae import datasets, likelihoods, networks, posteriors, priors
@@ -36,10 +37,11 @@ class Recipe:
     Attributes:
         data, split, binarize: see `datasets.load`.
         prior, likelihood, posterior, network, objective: names in the registries of this module.
+        components: of a mixture prior; pseudo-inputs of a VampPrior.
         latent: dimension of z.
         hidden: sizes of the hidden layers (or channels), encoder order; the decoder's are reversed.
-        scale: of a Normal likelihood: a number, "learned", "per_feature" or "predicted".
-        kl, kl_weight, free_bits: see `ELBO`.
+        scale: of a likelihood that has one: a number, "learned", "per_feature" or "predicted".
+        kl, gradient, kl_weight, free_bits: see `ELBO` and `IWAE`.
         num_particles: draws per datum and step.
         seed: of the weights, the data's fixed draws, and training.
     """
@@ -51,11 +53,13 @@ class Recipe:
     likelihood: str = "bernoulli"
     posterior: str = "diagonal"
     network: str = "mlp"
+    components: int = 100
     latent: int = 2
     hidden: tuple[int, ...] = (200, 200)
     scale: float | str = "learned"
     objective: str = "elbo"
     kl: str = "auto"
+    gradient: str = "standard"
     kl_weight: float = 1.0
     free_bits: float = 0.0
     num_particles: int = 1
@@ -96,7 +100,7 @@ def build_vae(recipe: Recipe, data: Data) -> VAE:
         pair = _look_up(NETWORKS, recipe.network, "network")(recipe, data)
         posterior = _look_up(POSTERIORS, recipe.posterior, "posterior")(recipe, pair.encoder)
         likelihood = _look_up(LIKELIHOODS, recipe.likelihood, "likelihood")(recipe, pair.decoder)
-        prior = _look_up(PRIORS, recipe.prior, "prior")(recipe)
+        prior = _look_up(PRIORS, recipe.prior, "prior")(recipe, data, posterior)
     likelihood.initialize(data.train_mean())
     return VAE(prior, likelihood, posterior).float()  # whatever torch's default is
 
@@ -156,17 +160,56 @@ def _conv(recipe: Recipe, data: Data) -> NetworkPair:
     )
 
 
-def _normal(recipe: Recipe, decoder: MakeNetwork) -> nn.Module:
-    return likelihoods.Normal(decoder(2 if recipe.scale == "predicted" else 1), recipe.scale)
+def _mixture(recipe: Recipe, data: Data, posterior: nn.Module) -> nn.Module:
+    return priors.GaussianMixture(torch.randn(recipe.components, recipe.latent))
+
+
+def _vamp(recipe: Recipe, data: Data, posterior: nn.Module) -> nn.Module:
+    x = data.train.fixed().x
+    bounds = (0.0, 1.0) if bool(((x >= 0) & (x <= 1)).all()) else None
+    return priors.VampPrior(posterior, recipe.components, x, bounds=bounds, seed=recipe.seed)
+
+
+def _located(kind: Any) -> Callable[[Recipe, MakeNetwork], nn.Module]:
+    """A likelihood with a location and a scale in the form that the recipe asks for."""
+    return lambda recipe, decoder: kind(
+        decoder(2 if recipe.scale == "predicted" else 1), recipe.scale
+    )
+
+
+def _plain(kind: type[likelihoods.Likelihood]) -> Callable[[Recipe, MakeNetwork], nn.Module]:
+    return lambda recipe, decoder: kind(decoder(kind.outputs_per_feature))
+
+
+def _full_rank(recipe: Recipe, encoder: MakeNetwork) -> nn.Module:
+    outputs = posteriors.FullRankNormal.outputs(recipe.latent)
+    return posteriors.FullRankNormal(encoder(outputs), recipe.latent)
+
+
+def _flow_posterior(recipe: Recipe, encoder: MakeNetwork) -> nn.Module:
+    context = 2 * recipe.latent
+    return posteriors.InverseAutoregressiveFlow(
+        encoder(2 * recipe.latent + context), recipe.latent, context,
+        hidden=(max(64, 2 * recipe.latent),),
+    )  # fmt: skip
 
 
 def _elbo(recipe: Recipe) -> Objective:
+    if recipe.gradient == "dreg":
+        raise ConfigError('gradient="dreg" is of the iwae objective')
     return ELBO(
         kl=recipe.kl,  # type: ignore[arg-type]
+        gradient=recipe.gradient,  # type: ignore[arg-type]
         kl_weight=recipe.kl_weight,
         free_bits=recipe.free_bits,
         num_particles=recipe.num_particles,
     )
+
+
+def _iwae(recipe: Recipe) -> Objective:
+    if recipe.kl_weight != 1 or recipe.free_bits != 0:
+        raise ConfigError("the iwae objective has no KL weight and no free bits")
+    return IWAE(recipe.num_particles, recipe.gradient)  # type: ignore[arg-type]
 
 
 NETWORKS: dict[str, Callable[[Recipe, Data], NetworkPair]] = {
@@ -174,20 +217,28 @@ NETWORKS: dict[str, Callable[[Recipe, Data], NetworkPair]] = {
     "gated": _gated,
     "conv": _conv,
 }
-PRIORS: dict[str, Callable[[Recipe], nn.Module]] = {
-    "normal": lambda recipe: priors.StandardNormal(recipe.latent),
+PRIORS: dict[str, Callable[[Recipe, Data, nn.Module], nn.Module]] = {
+    "normal": lambda recipe, *_: priors.StandardNormal(recipe.latent),
+    "mixture": _mixture,
+    "vamp": _vamp,
+    "flow": lambda recipe, *_: priors.Flow.spline(recipe.latent),
 }
 LIKELIHOODS: dict[str, Callable[[Recipe, MakeNetwork], nn.Module]] = {
-    "bernoulli": lambda recipe, decoder: likelihoods.Bernoulli(decoder(1)),
-    "normal": _normal,
+    "bernoulli": _plain(likelihoods.Bernoulli),
+    "continuous_bernoulli": _plain(likelihoods.ContinuousBernoulli),
+    "normal": _located(likelihoods.Normal),
+    "laplace": _located(likelihoods.Laplace),
+    "student_t": _located(likelihoods.StudentT),
+    "discretized_logistic": _located(likelihoods.DiscretizedLogistic),
+    "poisson": _plain(likelihoods.Poisson),
+    "negative_binomial": _plain(likelihoods.NegativeBinomial),
 }
 POSTERIORS: dict[str, Callable[[Recipe, MakeNetwork], nn.Module]] = {
     "diagonal": lambda recipe, encoder: posteriors.DiagonalNormal(encoder(2 * recipe.latent)),
+    "full_rank": _full_rank,
+    "flow": _flow_posterior,
 }
-OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {
-    "elbo": _elbo,
-    "iwae": lambda recipe: IWAE(recipe.num_particles),
-}
+OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"elbo": _elbo, "iwae": _iwae}
 
 
 def _look_up(registry: Mapping[str, Any], name: str, kind: str) -> Any:

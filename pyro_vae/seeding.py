@@ -26,7 +26,9 @@ def seeded(seed: int | None) -> Iterator[None]:
 def derive(seed: int, *keys: int) -> int:
     """A seed for one part of a job, from the job's seed and the part's numbers.
 
-    Different keys give statistically independent streams (numpy's `SeedSequence`).
+    Different keys, each a number from 0 to 2^32 - 1, give statistically independent streams
+    (numpy's `SeedSequence`).
     """
-    words = np.random.SeedSequence((seed, *keys)).generate_state(2, np.uint32)
+    # as the spawn key: within the entropy, keys that differ by trailing zeros would be the same
+    words = np.random.SeedSequence(seed, spawn_key=keys).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1

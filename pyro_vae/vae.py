@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import weakref
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import ParameterStoreError, ShapeError
 from pyro_vae.likelihoods import check_finite
+from pyro_vae.programs import evaluating
 from pyro_vae.seeding import seeded
 from pyro_vae.typing import Conditional, Distribution
 
@@ -30,9 +32,14 @@ class VAE(nn.Module):
         prior: returns p(z), event shape `(latent,)`: a module or any callable.
         likelihood: maps z to p(x|z).
         posterior: maps x to q(z|x).
-        name: prefix of the parameters in Pyro's store. By default it is unique to this object,
-            so that two VAEs in one process never share parameters by accident; give one to find
-            the same names in another process (`pyro.optim` states, saved stores).
+        name: prefix of the parameters in Pyro's store. By default it is unique to this object
+            (a copy gets one of its own), so that two VAEs in one process never share parameters
+            by accident; give one to find the same names in another process (`pyro.optim` states,
+            saved stores).
+
+    Raises:
+        ParameterStoreError: when run, where the store holds another tensor under a given `name`:
+            that of another VAE (or of the original of a copy), or one loaded from disk.
     """
 
     def __init__(
@@ -80,7 +87,15 @@ class VAE(nn.Module):
         Args:
             context: `(num_samples, ...)` where the parts take one.
             seed: of the draws; None uses and advances torch's global generator.
+
+        Raises:
+            ShapeError: the context is not of `num_samples` rows.
         """
+        if context is not None and len(context) != num_samples:
+            raise ShapeError(
+                f"{num_samples} samples need a context of as many rows, "
+                f"got one of shape {tuple(context.shape)}"
+            )
         with seeded(seed):
             prior = _condition(self.prior, context=context)
             shape = () if prior.batch_shape else (num_samples,)
@@ -95,15 +110,21 @@ class VAE(nn.Module):
         getattr(self.likelihood, "check", check_finite)(x)
 
     def check_shape(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Raise `ShapeError` unless encoder and decoder fit a datum like the first rows of `x`."""
-        training = self.training
-        try:
-            with torch.no_grad():
-                self.eval()
-                q = self.encode(x[:1], None if context is None else context[:1])
-                p = self.decode(q.mean, None if context is None else context[:1])
-        finally:
-            self.train(training)
+        """Raise `ShapeError` unless the three parts fit each other and a datum like those of `x`.
+
+        The parts are run once, in evaluation mode, on the first row; torch's generators and the
+        modules' modes are as before afterwards.
+        """
+        row = None if context is None else context[:1]
+        with torch.no_grad(), seeded(0), evaluating(self):
+            prior = _condition(self.prior, context=row)
+            q = self.encode(x[:1], row)
+            if q.event_shape != prior.event_shape:
+                raise ShapeError(
+                    f"the posterior is over latent vectors of shape {tuple(q.event_shape)}, "
+                    f"the prior over {tuple(prior.event_shape)}"
+                )
+            p = self.decode(q.sample(), row)
         if p.event_shape != x.shape[1:]:
             raise ShapeError(
                 f"the likelihood is over data of shape {tuple(p.event_shape)}, "
@@ -124,36 +145,43 @@ class _Program(nn.Module):
         super().__setstate__(state)
         self._unique_name = _unique_name(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro leaves a weak reference on every parameter that it has seen; none can be pickled
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)
+        return self.__dict__.copy()
+
     def _register(self) -> None:
-        """Tell Pyro of every parameter, so that SVI and the effect handlers find them."""
-        if pyro.settings.get("module_local_params"):
-            self._announce(self._name or self._unique_name)
-        elif self._name is None:
-            pyro.module(self._unique_name, self)
-        else:
-            self._refuse_shared_name(self._name)
-            pyro.module(self._name, self)
+        """Tell Pyro of every parameter, so that SVI and the effect handlers find them.
 
-    def _announce(self, name: str) -> None:
-        # what a PyroModule does in this mode: param messages that never touch the global store
+        The store holds the module's own parameters, never copies: what SVI moves is what the
+        network computes with. (`pyro.module` leaves a stale tensor in the store where a parameter
+        was replaced, and a copy where one is not contiguous; SVI would move those instead.)
+        """
+        local = pyro.settings.get("module_local_params")
         for key, parameter in self.named_parameters():
-            full = param_with_module_name(name, key)
-            parameter.unconstrained = lambda p=parameter: p  # type: ignore[attr-defined]
-            effectful(type="param")(lambda *_, p=parameter, **__: p)(
-                full, parameter, constraint=constraints.real, name=full
-            )
+            if parameter.requires_grad:
+                full = param_with_module_name(self._name or self._unique_name, key)
+                # within torch.func.functional_call the module holds tensors that are not its own
+                if not local and isinstance(parameter, nn.Parameter):
+                    self._store(full, parameter)
+                _announce(full, parameter)
 
-    def _refuse_shared_name(self, name: str) -> None:
+    def _store(self, full: str, parameter: nn.Parameter) -> None:
         store = pyro.get_param_store()
-        for key, parameter in self.named_parameters():
-            full = param_with_module_name(name, key)
-            if isinstance(parameter, nn.Parameter) and full in store:
-                held = store._params[full]
-                if held is not parameter and isinstance(held, nn.Parameter):
-                    raise ParameterStoreError(
-                        f"Pyro's parameter store holds another module's \"{full}\": name this "
-                        "one differently, or call pyro.clear_param_store() first"
-                    )
+        held = store._params.get(full)
+        if held is parameter:
+            return
+        if held is not None and self._name is not None:
+            raise ParameterStoreError(
+                f'Pyro\'s parameter store holds another tensor under "{full}". If it belongs to '
+                "another module, name this one differently or call pyro.clear_param_store() "
+                "first; if it was loaded from disk, take it over with "
+                f'pyro.module("{self._name}", ..., update_module_params=True)'
+            )
+        store._constraints[full] = constraints.real
+        store._params[full] = parameter
+        store._param_to_name[parameter] = full
 
 
 class Model(_Program):
@@ -185,6 +213,14 @@ class Guide(_Program):
         self._register()
         with pyro.plate("data", len(x), dim=-1):
             return pyro.sample("z", _condition(self.posterior, x, context=context))
+
+
+def _announce(full: str, parameter: Tensor) -> None:
+    """Send the param message that a PyroModule sends: handlers see it, the store does not."""
+    parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    effectful(type="param")(lambda *_, **__: parameter)(
+        full, parameter, constraint=constraints.real, name=full
+    )
 
 
 def _condition(part: Conditional, *args: Tensor, context: Tensor | None) -> Distribution:

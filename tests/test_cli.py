@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -153,7 +154,8 @@ def test_interrupted_run_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
 
     def start(*args: str | Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "pyro_vae", "train", *map(str, args)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=one_thread)
 
     uninterrupted = start("--out", whole, *args)
     process = start("--out", halved, *args)

@@ -398,7 +398,7 @@ def test_data_outside_the_support() -> None:
     pair, x = Binary.random(pixels=4, latent=2), all_images(4)
     x[5, 2] = 0.5
     with pytest.raises(
-        SupportError, match=r'"x" takes the values 0 and 1, but row 5, position \[2\] = 0\.5'
+        SupportError, match=r'"x" takes values in Boolean\(\), but row 5, position \[2\] = 0\.5'
     ):
         pv.log_marginal(pair.model, pair.guide, x, num_samples=10, progress=False)
 

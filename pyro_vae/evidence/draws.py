@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -53,8 +52,7 @@ class Guide:
     def __init__(self, target: Target) -> None:
         self.target = target
         with torch.random.fork_rng(), torch.no_grad():
-            pair = target.pair(range(1), 1)
-            sites = _sites(poutine.trace(self.target.guide).get_trace(*pair.args))
+            sites = target.pair(range(1), 1).sites_at(target.guide, {})
         self.is_map = all(is_pushforward(site["fn"]) for site in sites.values())
 
     def draw(
@@ -81,7 +79,7 @@ class Guide:
         pair = target.pair(rows, num_draws)
         placed = Place(noise)
         with placed:
-            sites = _sites(poutine.trace(pair._vectorized(target.guide)).get_trace(*pair.args))
+            sites = pair.sites_at(target.guide, {})
         check_same_sites(sites, target.guide_sites, "guide", rows)
 
         def log_density(name: str, site: Site, scale: float) -> Tensor:
@@ -100,8 +98,7 @@ class Guide:
         rows = range(row, row + 1)
         pair = self.target.pair(rows, num_draws)
         with seeded(seed):
-            trace = poutine.trace(pair._vectorized(self.target.guide)).get_trace(*pair.args)
-        sites = _sites(trace)
+            sites = pair.sites_at(self.target.guide, {})
         check_same_sites(sites, self.target.guide_sites, "guide", rows)
         log_q = sum(self.target.within(programs.log_prob(site)) for site in sites.values())
         return Draws(_leading(sites, num_draws), torch.as_tensor(log_q), None)
@@ -148,20 +145,16 @@ class FreshNoise:
 
     def __call__(self, name: str, fn: Any) -> Tensor:
         axis = self.plate - len(fn.event_shape)
-        u = noise(fn.shape(), axis, self.streams, location(fn).dtype)
+        u = noise(fn.shape(), axis, self.streams, _location(fn).dtype)
         if len(self.scales) == 1:
             return u * self.scales
         return u * self.scales.reshape(-1, *(1,) * (u.dim() - 1))
 
 
-def location(fn: Any) -> Tensor:
+def _location(fn: Any) -> Tensor:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn.loc
-
-
-def _sites(trace: poutine.Trace) -> dict[str, Site]:
-    return programs._sample_sites(trace)
 
 
 def _leading(sites: dict[str, Site], num_draws: int) -> dict[str, Tensor]:

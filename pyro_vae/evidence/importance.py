@@ -56,6 +56,7 @@ class Weights:
     wide: Tensor
 
     def summary(self) -> Summary:
+        """The estimate of every row, with its error and diagnostics."""
         return summarize(self.log_w, self.wide)
 
     def elbo(self) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae.errors import ShapeError, SiteError, SupportError
-from pyro_vae.likelihoods import describe
 from pyro_vae.programs import PARTICLES, Site
 
 
@@ -123,6 +122,6 @@ def check_support(name: str, site: Site, plate: int, rows: range) -> None:
         place = [i for axis, i in enumerate(index) if axis != row_axis]
         shown = f" = {value[tuple(index)].item():g}" if outside.dim() == value.dim() else ""
         raise SupportError(
-            f'observed site "{name}" takes {describe(support)}, but row {row}, position '
+            f'observed site "{name}" takes values in {support}, but row {row}, position '
             f"{place}{shown} is outside"
         )

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import pyro.infer
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.programs import Pair, Run
+from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
 Estimator = Literal["analytic", "monte_carlo"]
@@ -95,6 +96,36 @@ class Objective(pyro.infer.ELBO):
         raise TypeError("this objective runs programs itself; call terms() or loss()")
 
 
+def frozen_sites(pair: Pair, run: Run, values: Mapping[str, Tensor]) -> dict[str, Site]:
+    """The guide's sites at `values` with its parameters stopped: log q of the path derivatives.
+
+    The guide is run a second time, so it must be the same function of inputs and parameters each
+    time it runs: no dropout. Where Pyro's validation is on, that is checked.
+
+    Raises:
+        SiteError: a second run gave another q, or q's parameters still carry a gradient (a plain
+            function that computes with a module unknown to Pyro).
+    """
+    sites = programs.frozen_sites(pair, {**run.subsamples, **values})
+    if is_validation_enabled():
+        constants = {name: value.detach() for name, value in values.items()}
+        again = programs.frozen_sites(pair, {**run.subsamples, **constants})
+        for name, site in again.items():
+            log_q = programs.log_prob(site)
+            if log_q.requires_grad:
+                raise SiteError(
+                    f'the gradient of the guide\'s parameters at site "{name}" cannot be stopped: '
+                    "they belong to a module inside a plain function. Make the guide an nn.Module"
+                )
+            if not torch.allclose(log_q, programs.log_prob(run.guide[name]), equal_nan=True):
+                raise SiteError(
+                    f'the guide gave another distribution at site "{name}" when it was run again, '
+                    "so the gradient would be wrong: it must not draw anything but its sample "
+                    'sites (dropout), or use gradient="standard"'
+                )
+    return sites
+
+
 def check_reparametrized(run: Run) -> None:
     """Raise where the guide's draws carry no gradient though its parameters want one.
 
@@ -107,8 +138,9 @@ def check_reparametrized(run: Run) -> None:
                 f'guide site "{name}" is marked for enumeration, which this objective does not '
                 "sum over: use pyro.infer.TraceEnum_ELBO"
             )
-        learned = torch.is_grad_enabled() and programs.log_prob(site).requires_grad
-        if learned and not site["fn"].has_rsample:
+        if site["is_observed"] or site["fn"].has_rsample or not torch.is_grad_enabled():
+            continue
+        if programs.log_prob(site).requires_grad:
             raise SiteError(
                 f'guide site "{name}" draws from {type(site["fn"]).__name__}, which has no '
                 "reparametrised sampler, so its gradient would be wrong: use a distribution with "

@@ -12,7 +12,13 @@ from torch.distributions import Independent, kl_divergence
 
 from pyro_vae import programs
 from pyro_vae.errors import AnalyticKLError, ConfigError, SiteError
-from pyro_vae.objectives.base import Estimator, Objective, Terms, check_reparametrized
+from pyro_vae.objectives.base import (
+    Estimator,
+    Objective,
+    Terms,
+    check_reparametrized,
+    frozen_sites,
+)
 from pyro_vae.programs import Run, Site
 from pyro_vae.typing import Program
 
@@ -88,7 +94,7 @@ class ELBO(Objective):
         run = pair.run()
         check_reparametrized(run)
         if self.gradient == "stl" and torch.is_grad_enabled():
-            run = Run(run.model, pair.sites_at(programs.frozen(guide), run.values))
+            run = Run(run.model, frozen_sites(pair, run, run.values))
 
         reconstruction = self._total(run.observed)
         auxiliary = self._total(run.auxiliary)
@@ -176,8 +182,9 @@ def _analytic_kl(name: str, run: Run) -> tuple[Tensor | None, str]:
 
 
 def _log_prob_by_dimension(site: Site, by_dimension: bool) -> Tensor:
-    fn = site["fn"].base_dist if by_dimension else site["fn"]
-    value = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    if not by_dimension:
+        return programs.log_prob(site).unsqueeze(0)
+    value = site["fn"].base_dist.log_prob(site["value"], *site["args"], **site["kwargs"])
     return _dimension_first(value, site, by_dimension)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.objectives.base import Objective, Terms, check_reparametrized
+from pyro_vae.objectives.base import Objective, Terms, check_reparametrized, frozen_sites
 from pyro_vae.programs import Pair, Run
 from pyro_vae.typing import Program
 
@@ -34,7 +34,7 @@ class MIWAE(Objective):
         max_plate_nesting: see `Objective`.
 
     Raises:
-        ConfigError: an argument is not as above.
+        ConfigError: an argument is not as above; or, at call, `max_plate_nesting` is too small.
         SiteError: at call, where the sites of one datum carry different scales, or a plate is
             subsampled that not all sites are in.
     """
@@ -63,11 +63,11 @@ class MIWAE(Objective):
         draws = run.values
         gradient = self.gradient if torch.is_grad_enabled() else "standard"
         if gradient == "stl":
-            run = Run(run.model, pair.sites_at(programs.frozen(guide), draws))
+            run = Run(run.model, frozen_sites(pair, run, draws))
         elif gradient == "dreg":
             leaves = _leaves(draws)
-            frozen = pair.sites_at(programs.frozen(guide), leaves)
-            run = Run(pair.sites_at(model, leaves), frozen)
+            model_sites = pair.sites_at(model, {**run.subsamples, **leaves})
+            run = Run(model_sites, frozen_sites(pair, run, leaves))
 
         weights = LogWeights.of(run, pair)
         log_w = weights.log_w.unflatten(0, (self.num_estimates, -1))
@@ -138,8 +138,10 @@ class LogWeights:
     def of(cls, run: Run, pair: Pair) -> LogWeights:
         """The weights of a run; all sites must agree on the scale of a datum."""
         sites = [*run.model.items(), *run.auxiliary]
-        plates = programs.shared_plates([site for _, site in [*sites, *run.guide.items()]])
-        scale = _common_scale([*sites, *run.guide.items()], plates)
+        everywhere = [*sites, *run.guide.items()]
+        _check_nesting(everywhere, pair.nesting)
+        plates = programs.shared_plates([site for _, site in everywhere])
+        scale = _common_scale(everywhere, plates)
 
         def within(site: programs.Site) -> Tensor:
             return programs.sum_within(programs.log_prob(site), plates, pair.nesting)
@@ -155,15 +157,19 @@ class LogWeights:
         return (self.scale * per_datum).sum()
 
 
+def _check_nesting(sites: list[tuple[str, programs.Site]], nesting: int) -> None:
+    for name, site in sites:
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.name != programs.PARTICLES and -frame.dim > nesting:
+                raise ConfigError(
+                    f'plate "{frame.name}" at site "{name}" is in dimension {frame.dim}, beyond '
+                    f"max_plate_nesting={nesting}: give more, or none to have it found"
+                )
+
+
 def _common_scale(sites: list[tuple[str, programs.Site]], plates: list[int]) -> Any:
     """The scale of a datum: one for all its sites, and none from a plate inside the weights."""
-    first_name, first = sites[0]
     for name, site in sites:
-        if not programs.equal(site["scale"], first["scale"]):
-            raise SiteError(
-                f'sites "{first_name}" and "{name}" carry different scales, so the importance '
-                "weights of a datum mean nothing: scale all sites alike, or use ELBO"
-            )
         for frame in site["cond_indep_stack"]:
             subsampled = frame.full_size is not None and frame.full_size != frame.size
             if subsampled and frame.dim not in plates:
@@ -172,6 +178,13 @@ def _common_scale(sites: list[tuple[str, programs.Site]], plates: list[int]) -> 
                     "sites (a latent variable is global), so its scale would enter the importance "
                     "weights: use ELBO, or run on the full data"
                 )
+    first_name, first = sites[0]
+    for name, site in sites:
+        if not programs.equal(site["scale"], first["scale"]):
+            raise SiteError(
+                f'sites "{first_name}" and "{name}" carry different scales, so the importance '
+                "weights of a datum mean nothing: scale all sites alike, or use ELBO"
+            )
     return first["scale"]
 
 

@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vae.data import Split
 from pyro_vae.errors import ConfigError, DataError
+from pyro_vae.likelihoods import check_finite
 
 Batch = tuple[Any, ...]
 Check = Callable[[Tensor], None]
@@ -31,7 +35,10 @@ class Batches(Protocol):
         """A small batch to try the program on; costs the epochs nothing."""
 
     def epoch(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from the `start`-th on."""
+        """The batches of one epoch, from the `start`-th on.
+
+        What is skipped has been skipped, and its random draws made, when this returns.
+        """
 
 
 class Resident:
@@ -83,8 +90,7 @@ class Resident:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.x), generator=generator)
         mine = order[self.rank :: self.world_size][: self.share].to(self.x.device)
-        for rows in islice(mine.split(self.batch_size), start, None):
-            yield self._gather(rows)
+        return map(self._gather, mine.split(self.batch_size)[start:])
 
     def _gather(self, rows: Tensor) -> Batch:
         x = self.x.index_select(0, rows.to(self.x.device)).to(self.device, non_blocking=True)
@@ -94,14 +100,28 @@ class Resident:
 class Streamed:
     """The batches of a torch `DataLoader`, checked one by one as they come.
 
-    What the loader yields, a tensor or a tuple of them, are the arguments of model and guide. With
-    several processes give the loader a distributed sampler.
+    What the loader yields, a tensor or a tuple of them, are the arguments of model and guide. Its
+    order follows from the epoch's seed: a generator or distributed sampler of its own is seeded
+    anew at every epoch. With several processes give the loader a distributed sampler.
+
+    Args:
+        loader: of known length.
+        device, dtype: of the batches (integers stay integers).
+        check: raises on a first tensor that the likelihood does not take.
+
+    Raises:
+        ConfigError: the loader does not know its length.
+        DataError: the loader is empty; at iteration, a batch is not fit for training.
     """
 
     def __init__(
         self, loader: DataLoader[Any], device: torch.device, dtype: torch.dtype, check: Check
     ) -> None:
-        if len(loader) == 0:
+        try:
+            length = len(loader)
+        except TypeError as error:
+            raise ConfigError(f"the DataLoader needs a length, for its epochs: {error}") from error
+        if length == 0:
             raise DataError("the DataLoader is empty")
         self.loader, self.device, self.dtype, self.check = loader, device, dtype, check
 
@@ -109,19 +129,37 @@ class Streamed:
         return len(self.loader)
 
     def first(self) -> Batch:
-        return tuple(
-            a[:2] if isinstance(a, Tensor) else a for a in self._prepare(next(iter(self.loader)), 0)
-        )
+        batch = self._prepare(0, next(iter(self.loader)))
+        return tuple(part[:2] if isinstance(part, Tensor) else part for part in batch)
 
     def epoch(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        # a loader shuffles by the global generator, which the training loop has seeded by epoch
-        for i, batch in enumerate(islice(self.loader, start, None), start):
-            yield self._prepare(batch, i)
+        self._seed(seed)
+        batches = enumerate(self.loader)
+        for _ in islice(batches, start):
+            pass
+        return (self._prepare(index, batch) for index, batch in batches)
 
-    def _prepare(self, batch: Any, index: int) -> Batch:
+    def _seed(self, seed: int) -> None:
+        # a loader without a generator shuffles by the global one, which the training loop seeds
+        sampler = self.loader.sampler
+        for generator in (self.loader.generator, getattr(sampler, "generator", None)):
+            if generator is not None:
+                generator.manual_seed(seed)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(seed)
+
+    def _prepare(self, index: int, batch: Any) -> Batch:
         parts = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+        if not parts or not isinstance(parts[0], Tensor):
+            raise DataError(
+                "a DataLoader yields a tensor or a tuple that begins with one, "
+                f"this one yields {type(batch).__name__}"
+            )
         try:
             self.check(parts[0])
+            for part in parts[1:]:
+                if isinstance(part, Tensor):
+                    check_finite(part)
         except DataError as error:
             raise type(error)(f"batch {index} of the DataLoader: {error}") from error
         return tuple(self._move(part) for part in parts)
@@ -133,9 +171,55 @@ class Streamed:
         return part.to(self.device, dtype, non_blocking=True)
 
 
+def sources(
+    vae: Any, data: Any, batch_size: int, fabric: Fabric, dtype: torch.dtype
+) -> tuple[Batches, Batches | None]:
+    """Batches for training and, where `data` has a `valid`, for validation, all checked.
+
+    Validation data are drawn once, and seen whole by every process.
+
+    Raises:
+        ConfigError, DataError, SupportError: the data are not fit for this `vae`.
+    """
+    check = getattr(vae, "check", check_finite)
+    train, valid = getattr(data, "train", data), getattr(data, "valid", None)
+    return (
+        _source(train, batch_size, fabric, dtype, check),
+        None if valid is None else _fixed_source(valid, batch_size, fabric, dtype, check),
+    )
+
+
+def _source(data: Any, batch_size: int, fabric: Fabric, dtype: torch.dtype, check: Check) -> Any:
+    if isinstance(data, DataLoader):
+        return Streamed(data, fabric.device, dtype, check)
+    split = as_split(data)
+    check_finite(split.x)
+    check(split.fixed().x)
+    return Resident(split, batch_size, fabric.device, dtype, fabric.global_rank, fabric.world_size)
+
+
+def _fixed_source(
+    data: Any, batch_size: int, fabric: Fabric, dtype: torch.dtype, check: Check
+) -> Any:
+    if isinstance(data, DataLoader):
+        return Streamed(data, fabric.device, dtype, check)
+    split = as_split(data).fixed()
+    check(split.x)
+    return Resident(split, min(batch_size, len(split)), fabric.device, dtype)
+
+
 def as_split(data: Any) -> Split:
-    """A `Split` as it is; a tensor or anything `torch.as_tensor` takes, as one."""
-    return data if isinstance(data, Split) else Split(torch.as_tensor(data))
+    """A `Split` as it is; a tensor, or what numpy makes an array of, as one.
+
+    Raises:
+        DataError: it is no array of numbers.
+    """
+    if isinstance(data, Split):
+        return data
+    try:
+        return Split(torch.as_tensor(data if isinstance(data, Tensor) else np.asarray(data)))
+    except TypeError as error:
+        raise DataError(f"data of type {type(data).__name__} is no array: {error}") from error
 
 
 def _fits(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,14 +1,15 @@
 """Checkpoints: any tree of tensors and plain values in one safetensors file, no code in it.
 
 A tree is made of dicts, lists, tuples, tensors, numbers, strings, booleans and None. Its tensors
-are stored as tensors and the rest as JSON in the file's header. Writing is atomic: whatever
-happens, the file on disk is a whole one, the old or the new.
+are stored as tensors and the rest as JSON in the file's header, with a checksum. Writing is
+atomic: whatever happens, the file on disk is a whole one, the old or the new.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import CheckpointError
 
 HEADER = "pyro_vae"
+CHECKSUM = "crc32"
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -30,16 +32,17 @@ def save_tree(path: Path, tree: Any) -> None:
         CheckpointError: the tree holds something that is neither tensor nor plain value; the
             message says where.
     """
-    tensors: dict[str, Tensor] = {}
-    header = json.dumps(_encode(tree, "", tensors))
+    encoder = _Encoder()
+    header = json.dumps(encoder.encode(tree, ""))
     part = path.with_name(f".{path.name}.part")
-    safetensors.torch.save_file(tensors, part, metadata={HEADER: header})
+    metadata = {HEADER: header, CHECKSUM: _checksum(header, encoder.tensors)}
+    safetensors.torch.save_file(encoder.tensors, part, metadata=metadata)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
-def load_tree(path: Path, device: str = "cpu") -> Any:
+def load_tree(path: Path) -> Any:
     """Read a tree written by `save_tree`. Runs no code from the file.
 
     Raises:
@@ -48,12 +51,19 @@ def load_tree(path: Path, device: str = "cpu") -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
-        with safetensors.safe_open(path, framework="pt", device=device) as file:
-            header = json.loads((file.metadata() or {})[HEADER])
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _decode(header, tensors)
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint of pyro_vae: {error}") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if HEADER not in metadata:
+        raise CheckpointError(f"{path} is a safetensors file, but not one of pyro_vae")
+    if metadata.get(CHECKSUM) != _checksum(metadata[HEADER], tensors):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its contents")
+    try:
+        return _decode(json.loads(metadata[HEADER]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r} in its header") from error
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -109,18 +119,51 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     set_weights(module, tree["weights"])
 
 
-def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors[place] = value.detach().cpu().contiguous()
-        return {"tensor": place}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        items = [_encode(v, f"{place}/{i}", tensors) for i, v in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
-    if isinstance(value, Mapping):
-        return {"dict": [[k, _encode(v, f"{place}/{k}", tensors)] for k, v in value.items()]}
-    raise CheckpointError(f"{place} is a {type(value).__name__}, which no checkpoint can hold")
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of it all: safetensors itself notices a missing byte, but not a changed one."""
+    crc = zlib.crc32(header.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+class _Encoder:
+    """Turns a tree into JSON, and collects its tensors under the names of their places."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._storages: set[int] = set()
+
+    def encode(self, value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            return {"tensor": self._keep(value, place)}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, list | tuple):
+            items = [self.encode(v, f"{place}/{i}") for i, v in enumerate(value)]
+            return {"tuple" if isinstance(value, tuple) else "list": items}
+        if isinstance(value, Mapping):
+            return {"dict": [[self._key(k, place), self.encode(v, f"{place}/{k}")]
+                             for k, v in value.items()]}  # fmt: skip
+        raise CheckpointError(f"{place} is a {type(value).__name__}, which no checkpoint can hold")
+
+    def _keep(self, value: Tensor, place: str) -> str:
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in self._storages:  # safetensors refuses tensors that share memory
+            tensor = tensor.clone()
+        self._storages.add(storage)
+        name = place
+        while name in self.tensors:  # the keys 1 and "1", or "a/b" and "a" within "b"
+            name += "'"
+        self.tensors[name] = tensor
+        return name
+
+    @staticmethod
+    def _key(key: Any, place: str) -> str | int:
+        if not isinstance(key, str | int):
+            raise CheckpointError(f"{place} has the key {key!r}; a checkpoint's are text or int")
+        return key
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

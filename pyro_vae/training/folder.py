@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,39 +19,67 @@ CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.csv"
+TENSORBOARD = "tensorboard"
+
+# what may differ when a run is resumed: everything else would make it another run
+FREE = ("epochs", "device")
 
 
-def prepare_folder(
-    folder: Path, resume: bool, overwrite: bool, config: Mapping[str, Any], data: Any
-) -> None:
-    """Make the run folder and write its configuration, or refuse."""
-    if resume:
-        _check_resumable(folder, config)
-    elif folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise RunExistsError(
-            f"{folder} is not empty: resume that run, choose another folder, or overwrite it"
-        )
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it may be overwritten.
+
+    Raises:
+        RunExistsError: it is not empty.
+        RunPermissionError: it cannot be looked into.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for name in (CHECKPOINT, MODEL, METRICS):
-                (folder / name).unlink(missing_ok=True)
-        entries = {**config, "data": _describe_data(data), "versions": versions()}
-        (folder / CONFIG).write_text(json.dumps(entries, indent=2, default=str) + "\n")
-    except OSError as error:
-        raise RunPermissionError(f"cannot write the run folder {folder}: {error}") from error
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise RunExistsError(
+                f"{folder} is not empty: resume that run, choose another folder, or overwrite it"
+            )
+    except PermissionError as error:
+        raise RunPermissionError(f"cannot read the run folder {folder}: {error}") from error
 
 
-def _check_resumable(folder: Path, config: Mapping[str, Any]) -> None:
+def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to resume with settings that are not those of the run.
+
+    Raises:
+        CheckpointError: there is no run, its configuration is damaged, or it has other settings.
+    """
     if not (folder / CHECKPOINT).is_file():
         raise CheckpointError(f"there is nothing to resume in {folder}: no {CHECKPOINT}")
-    before = json.loads((folder / CONFIG).read_text())["fit"]
-    for name in ("seed", "batch_size", "precision", "objective"):
-        if before[name] != config["fit"][name]:
+    try:
+        before = json.loads((folder / CONFIG).read_text())["fit"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is missing or damaged: {error!r}") from error
+    now = json.loads(json.dumps(settings, default=str))
+    for name in [name for name in now if name not in FREE]:
+        if before.get(name) != now[name]:
             raise CheckpointError(
-                f"the run in {folder} has {name}={before[name]!r}, not {config['fit'][name]!r}: "
-                "resume with its own settings"
+                f"the run in {folder} has {name}={before.get(name)!r}, not {now[name]!r}: resume "
+                "with its own settings, or start another run"
             )
+
+
+def write_config(folder: Path, config: Mapping[str, Any], data: Any, *, fresh: bool) -> None:
+    """Make the run folder and write its configuration; a fresh run first removes the old one.
+
+    Raises:
+        RunPermissionError: the folder cannot be made or written.
+    """
+    entries = {**config, "data": _describe_data(data), "versions": versions()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for name in (CHECKPOINT, MODEL, METRICS):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        part = folder / f".{CONFIG}.part"
+        part.write_text(json.dumps(entries, indent=2, default=str) + "\n")
+        os.replace(part, folder / CONFIG)
+    except OSError as error:
+        raise RunPermissionError(f"cannot write the run folder {folder}: {error}") from error
 
 
 def _describe_data(data: Any) -> dict[str, Any]:

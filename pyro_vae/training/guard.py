@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +17,9 @@ from pyro_vae.errors import NonFiniteError, PyroVAEError
 from pyro_vae.objectives import Objective
 
 REMEDY = (
-    "Try a lower learning rate, gradient_clip, a larger min_scale of the likelihood, or a KL "
-    "warm-up; the last checkpoint is intact."
+    "Look for a division by zero, a logarithm of zero or an overflow there; try a lower learning "
+    "rate, gradient_clip, a larger min_scale of the likelihood, or a KL warm-up. The checkpoint in "
+    "the run folder, if there is one, is from before and intact."
 )
 
 
@@ -45,7 +47,8 @@ class Interruption:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None is a handler that was not set from Python, and cannot be put back from it
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -53,62 +56,96 @@ class Interruption:
         self.requested = True
 
 
-def diagnose(
-    objective: Objective, model: nn.Module, guide: nn.Module, batch: tuple[Any, ...], step: int
-) -> NonFiniteError:
-    """The error for a loss that is NaN or infinite at `step`: says which site, term or gradient.
+class Guard:
+    """Finds out what became NaN or infinite, and says it as a `NonFiniteError`.
 
-    Called before the gradients of the step before are cleared: if those, or the parameters, are
-    already not finite, that step is to blame.
+    Args:
+        objective, model, guide: in training.
     """
-    named = [*guide.named_parameters(), *model.named_parameters()]
-    if (name := _first_bad((n, p.grad) for n, p in named)) is not None:
-        return NonFiniteError(
-            f'the gradient of "{name}" became NaN or infinite at step {step - 1}. {REMEDY}'
+
+    def __init__(self, objective: Objective, model: nn.Module, guide: nn.Module) -> None:
+        self.objective, self.model, self.guide = objective, model, guide
+
+    def check_update(self, step: int) -> None:
+        """Raise if a gradient of `step`, or a parameter after it, is not finite."""
+        named = self._parameters()
+        if (name := _first_bad((n, p.grad) for n, p in named)) is not None:
+            raise NonFiniteError(
+                f'the gradient of "{name}" became NaN or infinite at step {step}. {REMEDY}'
+            )
+        if (name := _first_bad(named)) is not None:
+            raise NonFiniteError(
+                f'the update of step {step} made "{name}" NaN or infinite. {REMEDY}'
+            )
+
+    def check_norm(self, norm: Tensor, step: int) -> None:
+        """Raise if the norm of the gradient of `step`, not yet clipped, is not finite."""
+        if torch.isfinite(norm):
+            return
+        self.check_update(step)
+        gradients = [(n, p.grad) for n, p in self._parameters() if p.grad is not None]
+        name, size = _largest(gradients)
+        raise NonFiniteError(
+            f"the norm of the gradient overflowed at step {step}: its largest entry is {size:.3g}, "
+            f'in that of "{name}". {REMEDY}'
         )
-    if (name := _first_bad(named)) is not None:
+
+    def bad_loss(self, batch: tuple[Any, ...], step: int, where: str) -> NonFiniteError:
+        """The error for terms that are not finite on `batch`; `step` is the last update.
+
+        Args:
+            where: of the batch, in words.
+
+        Raises:
+            NonFiniteError: that last update was the culprit.
+        """
+        # the gradients of that update are still there
+        self.check_update(step)
+        name, size = _largest(self._parameters())
         return NonFiniteError(
-            f'the update of step {step - 1} made "{name}" NaN or infinite. {REMEDY}'
+            f"the loss became NaN or infinite {where}: {self._blame(batch)}. "
+            f'The largest parameter is {size:.3g}, in "{name}". {REMEDY}'
         )
-    largest = max(named, key=lambda item: float(item[1].detach().abs().max()))
-    return NonFiniteError(
-        f"the loss became NaN or infinite at step {step}: "
-        f"{_blame(objective, model, guide, batch)}. The largest parameter is "
-        f'{float(largest[1].detach().abs().max()):.3g}, in "{largest[0]}". {REMEDY}'
-    )
 
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (f"{who}.{name}", parameter)
+            for who, program in (("guide", self.guide), ("model", self.model))
+            for name, parameter in program.named_parameters()
+        ]
 
-def check_parameters(module: nn.Module, step: int) -> None:
-    """Raise `NonFiniteError` if a parameter is NaN or infinite."""
-    if (name := _first_bad(module.named_parameters())) is not None:
-        raise NonFiniteError(f'the update of step {step} made "{name}" NaN or infinite. {REMEDY}')
-
-
-@torch.no_grad()
-def _blame(objective: Objective, model: nn.Module, guide: nn.Module, batch: tuple[Any, ...]) -> str:
-    """The first site of a fresh run whose value or log-density is not finite, in words."""
-    try:
-        run = programs.Pair(model, guide, batch).run()
-        for who, sites, term in (("guide", run.guide, "KL"), ("model", run.model, None)):
-            for name, site in sites.items():
-                observed = "reconstruction" if site["is_observed"] else "KL"
-                for what, value in (
-                    ("value", site["value"]),
-                    ("log-density", programs.log_prob(site)),
-                ):
-                    if not torch.isfinite(value).all():
-                        return (
-                            f'the {what} at site "{name}" of the {who} is not finite '
-                            f"(term: {term or observed})"
-                        )
-        terms = objective.terms(model, guide, *batch)
-    except (ValueError, ArithmeticError) as error:
-        if isinstance(error, PyroVAEError):
+    def _blame(self, batch: tuple[Any, ...]) -> str:
+        """The first site of a fresh run whose value or log-density is not finite, in words."""
+        try:
+            with torch.no_grad(), pyro.validation_enabled(False):
+                run = programs.Pair(self.model, self.guide, batch).run()
+                site = _bad_site("guide", run.guide) or _bad_site("model", run.model)
+                terms = self.objective.terms(self.model, self.guide, *batch)
+        except PyroVAEError:
             raise
-        return f"the program itself fails: {error}"
-    bad = [n for n in ("reconstruction", "kl") if not torch.isfinite(getattr(terms, n))]
-    return f"term: {' and '.join(bad)}" if bad else "a fresh draw on the same batch is finite"
+        except (ValueError, ArithmeticError) as error:
+            return f"the program itself fails: {error}"
+        bad = [n for n in ("reconstruction", "kl", "loss") if not _finite(getattr(terms, n))]
+        return site or (f"term: {bad[0]}" if bad else "a fresh draw on the same batch is finite")
+
+
+def _bad_site(who: str, sites: Any) -> str | None:
+    for name, site in sites.items():
+        term = "reconstruction" if site["is_observed"] else "KL"
+        for what, value in (("value", site["value"]), ("log-density", programs.log_prob(site))):
+            if not _finite(value):
+                return f'the {what} at site "{name}" of the {who} is not finite (term: {term})'
+    return None
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
 
 
 def _first_bad(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
-    return next((n for n, t in named if t is not None and not torch.isfinite(t).all()), None)
+    return next((name for name, t in named if t is not None and not _finite(t)), None)
+
+
+def _largest(named: Iterable[tuple[str, Tensor]]) -> tuple[str, float]:
+    sizes = [(name, float(t.detach().abs().max())) for name, t in named if t.numel()]
+    return max(sizes, key=lambda item: item[1], default=("", 0.0))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,24 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from tqdm import tqdm
 
 from pyro_vae import programs
+from pyro_vae.errors import CheckpointError, DataError
 from pyro_vae.objectives import Objective
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import checkpoint
 from pyro_vae.training.batches import Batch, Batches
 from pyro_vae.training.folder import CHECKPOINT
-from pyro_vae.training.guard import Interruption, check_parameters, diagnose
+from pyro_vae.training.guard import Guard, Interruption
 from pyro_vae.training.metrics import MetricsLog, Row, means
+from pyro_vae.training.progress import Progress
+from pyro_vae.training.state import State, random_state, set_random_state
 
 FORMAT = 1
-Tracker = Callable[[int], Row]
+VALIDATION = 2**32 - 1  # the key of validation's draws, which no epoch reaches
+STEPS_BETWEEN_LOOKS = 50  # at a GPU's loss: reading it waits for the GPU, and NaN stays in the sums
+STEPS_BETWEEN_TALKS = 20  # of several processes, whether one of them was interrupted
+Tracker = Callable[[int], Mapping[str, float]]
 
 
 class MeanTerms(nn.Module):
@@ -40,22 +44,6 @@ class MeanTerms(nn.Module):
         terms = self.objective.terms(self.model, self.guide, *batch)
         n = len(batch[0])
         return terms.loss / n, terms.reconstruction / n, terms.kl / n
-
-
-@dataclass
-class State:
-    """Where a run stands: everything but the weights, the optimizer and the scheduler."""
-
-    epoch: int = 0
-    position: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
-    random: dict[str, Tensor] | None = None
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    best_weights: dict[str, Tensor] | None = None
-    rows: list[Row] = field(default_factory=list)
 
 
 class Loop:
@@ -86,15 +74,19 @@ class Loop:
         kl_schedule: Callable[[int], float] | None,
         patience: int | None,
         trackers: Sequence[Tracker],
-        progress: bool | None,
     ) -> None:
-        self.fabric, self.terms, self.weights = fabric, module, weights
-        self.module, self.optimizer = fabric.setup(module, optimizer)
-        self.scheduler = scheduler
+        self.fabric, self.objective, self.weights = fabric, module.objective, weights
+        self.guard = Guard(module.objective, module.model, module.guide)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # Fabric's wrappers take 40 us a step, and a single process needs none of what they do
+        self.module = module if fabric.world_size == 1 else fabric.setup_module(module)
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.seed, self.gradient_clip, self.patience = seed, gradient_clip, patience
-        self.kl_schedule, self.trackers, self.progress = kl_schedule, trackers, progress
-        self.base_weight = float(getattr(module.objective, "kl_weight", 1.0))
+        self.kl_schedule, self.trackers = kl_schedule, trackers
+        self.kl_weight = self._kl_weight()
+        self.on_cpu = fabric.device.type == "cpu"
         self.state = State()
+        self.saved_step: int | None = None
 
     def run(
         self,
@@ -102,7 +94,9 @@ class Loop:
         valid: Batches | None,
         epochs: int,
         folder: Path | None,
+        *,
         tensorboard: bool,
+        progress: bool | None,
     ) -> str:
         """Train; returns why it stopped: "finished" or "patience".
 
@@ -110,103 +104,95 @@ class Loop:
             KeyboardInterrupt: after the step at hand, its state saved.
             NonFiniteError: the loss, a gradient or a parameter is NaN or infinite.
         """
-        log = MetricsLog(
-            folder if self.fabric.is_global_zero else None, self.state.rows, tensorboard
-        )
+        main = self.fabric.is_global_zero
+        log = MetricsLog(folder if main else None, self.state.rows, tensorboard)
         self.state.rows = log.rows
-        bar = tqdm(
-            total=epochs * len(train), initial=self.state.step, unit="batch", dynamic_ncols=True,
-            disable=None if self.progress is None else not self.progress,
-        )  # fmt: skip
-        with seeded(self.seed), pyro.validation_enabled(False), Interruption() as stop, bar:
+        bar = Progress(epochs * len(train), self.state.step, progress if main else False)
+        with pyro.validation_enabled(False), Interruption() as stop, bar:
             try:
-                while self.state.epoch < epochs:
-                    if self._out_of_patience():
-                        return "patience"
+                if self.state.step == 0:
+                    self.save(folder)  # so that there is something to resume from the start
+                while self.state.epoch < epochs and not self._out_of_patience():
                     self._train_epoch(train, bar, stop, folder)
                     log.append(self._finish_epoch(valid))
                     self.save(folder)
-                return "patience" if self._out_of_patience() else "finished"
+                    if self._interrupted(stop):
+                        raise KeyboardInterrupt
             finally:
-                self._set_kl_weight(1.0)
+                self._set_kl_factor(1.0)
                 log.close()
+        return "patience" if self._out_of_patience() else "finished"
 
     def _train_epoch(
-        self, train: Batches, bar: Any, stop: Interruption, folder: Path | None
+        self, train: Batches, bar: Progress, stop: Interruption, folder: Path | None
     ) -> None:
         state = self.state
         self.weights.train()
         torch.manual_seed(derive(self.seed, state.epoch, self.fabric.global_rank))
         batches = train.epoch(derive(self.seed, state.epoch), state.position)
         if state.random is not None:
-            _set_random_state(state.random)
+            set_random_state(state.random, self.fabric)
             state.random = None
-        sums = torch.tensor(state.sums, dtype=torch.float64, device=self.fabric.device)
+        state.sums = state.sums.to(self.fabric.device)
         before, started = state.seconds, time.monotonic()
-        shown, visited = started, 0
+        batch = None
         for batch in batches:
-            self._step(batch, sums)
-            visited += len(batch[0])
+            self._step(batch)
             state.seconds = before + time.monotonic() - started
-            bar.update()
-            if not bar.disable and time.monotonic() - shown > 0.5:
-                shown = time.monotonic()
-                bar.set_postfix_str(_postfix(sums, visited / (shown - started), state.epoch))
-            if stop.requested:
-                state.sums = sums.tolist()
-                state.random = _random_state()
+            bar.update(len(batch[0]), state.sums, state.epoch + 1)
+            if state.position < len(train) and self._interrupted(stop):
+                self._check(batch)
+                state.random = random_state(self.fabric)
+                state.sums = self._over_processes(state.sums)
                 self.save(folder)
                 raise KeyboardInterrupt
-        total = self.fabric.all_reduce(sums, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        state.sums = total.tolist()
+        if batch is None:
+            raise DataError(f"the data gave no batch in epoch {state.epoch + 1}")
+        self._check(batch)
 
-    def _step(self, batch: Batch, sums: Tensor) -> None:
+    def _step(self, batch: Batch) -> None:
+        state = self.state
         if self.kl_schedule is not None:
-            self._set_kl_weight(self.kl_schedule(self.state.step))
-        self.state.step += 1
-        self.state.position += 1
-        loss, reconstruction, kl = self.module(*batch)
-        n = len(batch[0])
-        sums += n * torch.stack([loss, reconstruction, kl, torch.ones_like(loss)]).detach()
-        # reading the loss waits for a GPU, so there it is read now and then: NaN stays in the sums
-        if (sums.device.type == "cpu" or self.state.position % 50 == 0) and not _finite(sums):
-            raise diagnose(
-                self.terms.objective, self.terms.model, self.terms.guide, batch, self.state.step
-            )
+            self._set_kl_factor(self.kl_schedule(state.step))
+        loss = self._add_terms(batch, state.sums)
+        look = self.on_cpu or state.position % STEPS_BETWEEN_LOOKS == 0
+        if look and not math.isfinite(loss.item()):
+            raise self.guard.bad_loss(batch, state.step, self._place())
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         if self.gradient_clip is not None:
-            norm = self.fabric.clip_gradients(
-                self.module, self.optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False
-            )
-            if norm is not None and not torch.isfinite(norm):
-                self.state.step += 1  # diagnose speaks of the step before, whose gradients are here
-                raise diagnose(
-                    self.terms.objective, self.terms.model, self.terms.guide, batch, self.state.step
-                )
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            if look:
+                self.guard.check_norm(norm, state.step + 1)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
         self.optimizer.step()
+        state.step += 1
+        state.position += 1
+
+    def _check(self, batch: Batch) -> None:
+        """Nothing is saved before this: all terms, gradients and parameters are finite."""
+        if not math.isfinite(self.state.sums.sum().item()):
+            raise self.guard.bad_loss(batch, self.state.step, self._place())
+        self.guard.check_update(self.state.step)
 
     def _finish_epoch(self, valid: Batches | None) -> Row:
         state = self.state
-        check_parameters(self.weights, state.step)
-        *sums, count = state.sums
-        names = ("loss", "reconstruction", "kl")
+        state.epoch += 1
         row: Row = {
-            "epoch": state.epoch + 1, "step": state.step, "seconds": state.seconds,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "kl_weight": float(getattr(self.terms.objective, "kl_weight", 1.0)),
-            **means(dict(zip(names, sums, strict=True)), count, "train"),
+            "epoch": state.epoch, "step": state.step, "seconds": state.seconds,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "kl_weight": self._kl_weight(),
+            **means(self._over_processes(state.sums), "train"),
         }  # fmt: skip
         if valid is not None:
             row |= self._validate(valid)
             if row["valid_loss"] < state.best_loss:
-                state.best_loss, state.best_epoch = row["valid_loss"], state.epoch + 1
+                state.best_loss, state.best_epoch = row["valid_loss"], state.epoch
                 if self.patience is not None:
                     state.best_weights = checkpoint.copy_weights(self.weights)
-        state.epoch, state.position, state.sums = state.epoch + 1, 0, [0.0] * 4
+        state.position, state.sums = 0, torch.zeros_like(state.sums)
         for tracker in self.trackers:
-            row |= tracker(state.epoch)
+            row |= {name: float(value) for name, value in tracker(state.epoch).items()}
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(row.get("valid_loss", row["train_loss"]))
         elif self.scheduler is not None:
@@ -216,27 +202,55 @@ class Loop:
     @torch.no_grad()
     def _validate(self, valid: Batches) -> Row:
         """The objective at its own KL weight, on the same draws at every epoch."""
-        self._set_kl_weight(1.0)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.fabric.device)
-        with programs.evaluating(self.weights), seeded(derive(self.seed, -1 & 0xFFFFFFFF)):
-            for batch in valid.epoch(self.seed):
-                loss, reconstruction, kl = self.module(*batch)
-                sums += len(batch[0]) * torch.stack(
-                    [loss, reconstruction, kl, torch.ones_like(loss)]
-                )  # fmt: skip
-        *sums_, count = sums.tolist()
-        return means(
-            dict(zip(("loss", "reconstruction", "kl"), sums_, strict=True)), count, "valid"
-        )
+        self._set_kl_factor(1.0)
+        seed = derive(self.seed, VALIDATION)
+        sums = torch.zeros_like(self.state.sums)
+        place = f"in validation after step {self.state.step} (epoch {self.state.epoch})"
+        with programs.evaluating(self.weights), seeded(seed):
+            for batch in valid.epoch(seed):
+                self._add_terms(batch, sums)
+                if not math.isfinite(sums.sum().item()):
+                    raise self.guard.bad_loss(batch, self.state.step, place)
+        return means(sums, "valid")
+
+    def _add_terms(self, batch: Batch, sums: Tensor) -> Tensor:
+        """The loss per datum of a batch; its terms are added to `sums`."""
+        with self.fabric.autocast():
+            loss, reconstruction, kl = self.module(*batch)
+        n = len(batch[0])
+        sums[:3].add_(torch.stack((loss, reconstruction, kl)).detach(), alpha=n)
+        sums[3] += n
+        return loss
+
+    def _place(self) -> str:
+        state = self.state
+        return f"at step {state.step + 1} (epoch {state.epoch + 1}, batch {state.position + 1})"
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        total = self.fabric.all_reduce(sums, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _interrupted(self, stop: Interruption) -> bool:
+        """Whether any process was; all of them leave at the same step, or they would hang."""
+        if self.fabric.world_size == 1:
+            return stop.requested
+        if self.state.position % STEPS_BETWEEN_TALKS:
+            return False
+        flag = torch.tensor(float(stop.requested), device=self.fabric.device)
+        return bool(self._over_processes(flag) > 0)
 
     def _out_of_patience(self) -> bool:
         if self.patience is None or self.state.best_epoch == 0:
             return False
         return self.state.epoch - self.state.best_epoch >= self.patience
 
-    def _set_kl_weight(self, factor: float) -> None:
+    def _kl_weight(self) -> float:
+        return float(getattr(self.objective, "kl_weight", 1.0))
+
+    def _set_kl_factor(self, factor: float) -> None:
         if self.kl_schedule is not None:
-            self.terms.objective.kl_weight = self.base_weight * factor  # type: ignore[attr-defined]
+            self.objective.kl_weight = self.kl_weight * factor  # type: ignore[attr-defined]
 
     def save(self, folder: Path | None) -> None:
         """Write the checkpoint, if there is a folder."""
@@ -244,47 +258,31 @@ class Loop:
             return
         checkpoint.save_tree(folder / CHECKPOINT, {
             "format": FORMAT,
-            "seed": self.seed,
             "weights": checkpoint.weights(self.weights),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "state": vars(self.state),
         })  # fmt: skip
+        self.saved_step = self.state.step
 
     def load(self, folder: Path) -> None:
         """Go back to the state that `save` wrote.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or of another architecture.
+            CheckpointError: the checkpoint is damaged, or of another architecture or optimizer.
         """
-        tree = checkpoint.load_tree(folder / CHECKPOINT)
+        path = folder / CHECKPOINT
+        tree = checkpoint.load_tree(path)
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise CheckpointError(f"{path} holds no state of training in format {FORMAT}")
         checkpoint.set_weights(self.weights, tree["weights"])
-        self.optimizer.load_state_dict(tree["optimizer"])
-        if self.scheduler is not None and tree["scheduler"] is not None:
+        try:
+            self.optimizer.load_state_dict(tree["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{path} is of another optimizer: {error}") from error
+        if self.scheduler is not None:
             self.scheduler.load_state_dict(tree["scheduler"])
         self.state = State(**tree["state"])
-
-
-def _finite(sums: Tensor) -> bool:
-    return bool(torch.isfinite(sums).all())
-
-
-def _postfix(sums: Tensor, rate: float, epoch: int) -> str:
-    loss, reconstruction, kl, count = sums.tolist()
-    return (
-        f"epoch {epoch + 1}, loss {loss / count:.2f}, reconstruction {reconstruction / count:.2f}, "
-        f"KL {kl / count:.2f}, {rate:,.0f} data/s"
-    )
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        self.saved_step = self.state.step
+        if not self.fabric.is_global_zero:  # the first process holds what all had summed
+            self.state.sums = torch.zeros_like(self.state.sums)

@@ -1,0 +1,120 @@
+"""What a trained guide does with its latent dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyro_vae import programs
+from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.seeding import seeded
+from pyro_vae.typing import Program
+
+
+@dataclass(frozen=True)
+class ActiveUnits:
+    """Which latent dimensions vary with the data.
+
+    Attributes:
+        variance: of E_q[u] over the data, for each site, `(dimensions of its event,)`.
+        threshold: above which a dimension is active.
+    """
+
+    variance: Mapping[str, Tensor]
+    threshold: float
+
+    @property
+    def active(self) -> dict[str, Tensor]:
+        """Booleans, for each site, `(dimensions of its event,)`."""
+        return {name: value > self.threshold for name, value in self.variance.items()}
+
+    @property
+    def number(self) -> int:
+        """Active dimensions of all sites together."""
+        return sum(int(active.sum()) for active in self.active.values())
+
+
+@torch.no_grad()
+def active_units(
+    guide: Program,
+    x: Tensor,
+    threshold: float = 0.01,
+    *,
+    num_samples: int = 32,
+    batch_size: int = 1000,
+    seed: int = 0,
+) -> ActiveUnits:
+    """Count the units u with Cov_x(E_{q(u|x)}[u]) > threshold (Burda et al. 2015, app. C).
+
+    Where a site's distribution has a mean that depends on no other latent, E_q[u] is that mean.
+    Elsewhere (a flow; the deeper layers of a hierarchy) it is an average over draws; its own
+    variance is kept out by taking the covariance over x of two independent averages, which is
+    unbiased and may be slightly negative. The guide runs in evaluation mode.
+
+    Args:
+        guide: called with rows of `x`; every site has the rows as its leading batch dimension.
+        x: data, `(N, features)`, N > 1.
+        threshold: 0.01 in the field.
+        num_samples: draws for each average, halved between the two.
+        batch_size: rows at once.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: `num_samples` is less than 2.
+        ShapeError: fewer than two data, or a site that has no row for each.
+    """
+    if num_samples < 2:
+        raise ConfigError(f"num_samples must be at least 2, got {num_samples}")
+    if len(x) < 2:
+        raise ShapeError(f"a covariance over the data needs at least two, got {len(x)}")
+    with seeded(seed), programs.evaluating(guide):
+        batches = [_two_means(guide, rows, num_samples // 2) for rows in x.split(batch_size)]
+    variance = {}
+    for name in batches[0]:
+        a, b = (torch.cat([batch[name][half] for batch in batches]) for half in range(2))
+        centred = (a - a.mean(0)) * (b - b.mean(0))
+        variance[name] = centred.sum(0) / (len(x) - 1)
+    return ActiveUnits(variance, threshold)
+
+
+def _two_means(guide: Program, x: Tensor, num_samples: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Two independent estimates of E_q[u] for each site, each `(rows, dimensions)`."""
+    halves = [_site_means(guide, x), _site_means(guide, x)]
+    if all(torch.equal(halves[0][name], halves[1][name]) for name in halves[0]):
+        return {name: (mean, mean) for name, mean in halves[0].items()}  # exact as they are
+    for _ in range(num_samples - 1):
+        for half in halves:
+            for name, mean in _site_means(guide, x).items():
+                half[name] = half[name] + mean
+    a, b = halves
+    return {name: (a[name] / num_samples, b[name] / num_samples) for name in a}
+
+
+def _site_means(guide: Program, x: Tensor) -> dict[str, Tensor]:
+    """Run the guide once: the mean of each site's distribution, or its draw where it has none."""
+    nodes = prune_subsample_sites(poutine.trace(guide).get_trace(x)).nodes
+    means = {}
+    for name, site in nodes.items():
+        if site["type"] == "sample" and not site["is_observed"]:
+            mean = _mean(site)
+            if mean.dim() == 0 or len(mean) != len(x):
+                shape = tuple(mean.shape)
+                raise ShapeError(
+                    f'site "{name}" has shape {shape}: no row for each of {len(x)} data'
+                )
+            means[name] = mean.reshape(len(x), -1)
+    return means
+
+
+def _mean(site: Any) -> Tensor:
+    try:
+        mean = site["fn"].mean
+    except NotImplementedError:
+        return site["value"]
+    return site["value"] if mean.isnan().any() else mean

@@ -1,0 +1,75 @@
+"""Splits and data sets: rows, draws, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_vae import Data, Split
+from pyro_vae.data import bernoulli_draw
+from pyro_vae.errors import DataError
+
+
+def test_bernoulli_draws_are_bits_with_the_intensity_as_mean():
+    x = torch.tensor([0.0, 0.25, 0.7, 1.0])
+    draws = torch.stack([bernoulli_draw(x, torch.Generator().manual_seed(i)) for i in range(2000)])
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    assert draws.dtype == x.dtype
+    error = (x * (1 - x) / 2000).sqrt()
+    assert ((draws.mean(0) - x).abs() <= 4.5 * error).all()
+    again = bernoulli_draw(x, torch.Generator().manual_seed(1))
+    assert torch.equal(again, draws[1])
+
+
+def test_rows_of_a_split():
+    x, y = torch.rand(5, 3), torch.arange(5)
+    split = Split(x, y, bernoulli_draw, seed=3)
+    assert len(split) == 5
+    for rows in (slice(1, 4), torch.tensor([4, 0]), [2, 2], y > 2):
+        part = split[rows]
+        assert torch.equal(part.x, x[rows])
+        assert torch.equal(part.y, y[rows])
+        assert part.draw is bernoulli_draw
+        assert part.seed == 3
+    assert Split(x)[1:].y is None
+
+
+def test_a_fixed_split_is_drawn_once():
+    split = Split(torch.rand(50, 3), torch.arange(50), bernoulli_draw, seed=3)
+    state = torch.get_rng_state()
+    fixed = split.fixed()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fixed.draw is None
+    assert fixed.fixed() is fixed
+    assert torch.equal(fixed.x, split.fixed().x)
+    assert torch.equal(fixed.y, split.y)
+    assert not torch.equal(fixed.x, Split(split.x, None, bernoulli_draw, seed=4).fixed().x)
+    np.testing.assert_array_equal(np.asarray(split), fixed.x)
+
+
+def test_numpy_sees_the_data_and_owns_its_copies():
+    split = Split(torch.rand(4, 3))
+    assert np.asarray(split, dtype=np.float32).dtype == np.float32
+    before = split.x.clone()
+    np.array(split)[:] = 9
+    assert torch.equal(split.x, before)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "match"),
+    [
+        (torch.rand(5), None, r"shape \(5,\)"),
+        (torch.rand(0, 5), None, r"shape \(0, 5\)"),
+        (torch.rand(4, 5), torch.arange(3), "3 labels for 4 data"),
+    ],
+)
+def test_splits_that_cannot_be(x, y, match):
+    with pytest.raises(DataError, match=match):
+        Split(x, y)
+
+
+def test_data_knows_its_features_and_mean():
+    train = Split(torch.rand(5, 6))
+    data = Data(train, None, train[:2], image_shape=(2, 3))
+    assert data.features == 6
+    np.testing.assert_allclose(data.train_mean(), train.x.numpy().mean(0))
+    assert Data(Split(torch.rand(5, 2, 3)), None, train).features == 6

@@ -1,0 +1,83 @@
+"""Active units against guides whose posterior means are known."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.errors import ConfigError, ShapeError
+
+
+def linear_guide(weight, scale=1.0):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, scale).to_event(1))
+
+    return guide
+
+
+def test_variance_of_a_linear_guide_is_that_of_its_means():
+    x = torch.randn(500, 3)
+    weight = torch.tensor([[1.0, 0.0, 0.02], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    units = pv.active_units(linear_guide(weight), x, batch_size=130)
+    torch.testing.assert_close(units.variance["z"], (x @ weight).var(0))
+    assert units.active["z"].tolist() == [True, False, False]
+    assert units.number == 1
+    assert pv.active_units(linear_guide(weight), x, threshold=1e-5).number == 2
+
+
+def test_a_guide_without_means_is_averaged_without_the_noise_of_its_draws():
+    x = torch.randn(2000, 2)
+
+    def guide(x):
+        base = dist.Normal(torch.stack([x[:, 0], 0 * x[:, 0]], -1), 1.0).to_event(1)
+        twice = dist.transforms.AffineTransform(0.0, 2.0, event_dim=1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(base, [twice]))
+
+    # x was drawn from seed 0: another one, or draws and data are the same numbers
+    variance = pv.active_units(guide, x, num_samples=8, seed=1).variance["z"]
+    # each half averages 4 draws, so has noise of variance 1; the mutant that squares one average
+    # is too large by that. Standard errors: sqrt(2 * 4 + 1) and 1, over sqrt(2000)
+    assert abs(variance[0].item() - 4 * x[:, 0].var().item()) < 4.5 * 3 / 2000**0.5
+    assert abs(variance[1].item()) < 4.5 / 2000**0.5
+
+
+def test_deeper_layers_are_averaged_over_the_upper_ones():
+    x = torch.randn(1000, 1)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x, 1.0).to_event(1))
+            pyro.sample("b", dist.Normal(2 * a, 0.1).to_event(1))
+
+    units = pv.active_units(guide, x, num_samples=64, seed=1)
+    assert units.variance["b"].item() == pytest.approx(4 * x.var().item(), rel=0.1)
+    assert set(units.variance) == {"a", "b"}
+
+
+def test_the_guide_runs_in_evaluation_mode_and_is_left_as_it_was():
+    vae = pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.likelihoods.Normal(nn.Linear(2, 3), 1.0),
+        pv.posteriors.DiagonalNormal(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 4))),
+    )
+    x = torch.randn(50, 3)
+    state = torch.get_rng_state()
+    units = pv.active_units(vae.guide, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vae.guide.training
+    vae.eval()
+    torch.testing.assert_close(units.variance["z"], vae.encode(x).mean.var(0).detach())
+
+
+def test_what_has_no_covariance_is_refused():
+    weight = torch.eye(2)
+    with pytest.raises(ShapeError, match="at least two"):
+        pv.active_units(linear_guide(weight), torch.zeros(1, 2))
+    with pytest.raises(ConfigError):
+        pv.active_units(linear_guide(weight), torch.zeros(3, 2), num_samples=1)
+    with pytest.raises(ShapeError, match='site "z" has shape'):
+        pv.active_units(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), torch.zeros(3, 2))

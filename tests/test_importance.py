@@ -1,0 +1,319 @@
+"""IWAE and MIWAE against scipy on the same draws, quadrature, and closed forms.
+
+Statistical tests hold the largest of at most 20 z-scores below 4.5 (see test_objectives).
+"""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from scipy.special import logsumexp
+from scipy.stats import norm
+from torch import Tensor, nn
+from toys import (
+    LATENT,
+    Draws,
+    LinearGuide,
+    LinearModel,
+    gradient_of,
+    linear_data,
+    linear_pair,
+    repeat,
+    z_scores,
+)
+
+from pyro_vae import ELBO, IWAE, MIWAE
+from pyro_vae.errors import ConfigError, SiteError
+
+BOUND = 4.5
+
+
+def log_weights(model: LinearModel, guide: LinearGuide, x: Tensor, z: Tensor) -> np.ndarray:
+    """log p(x, z) - log q(z|x) by scipy, `(draws, data)`."""
+    with torch.no_grad():
+        mean_x = (z @ model.weight.T + model.bias).numpy()
+        mean_z = (x @ guide.weight.T + guide.bias).numpy()
+    x, z = x.numpy(), z.numpy()
+    log_p = norm.logpdf(z).sum(-1) + norm.logpdf(x, mean_x, model.log_sigma.exp().item()).sum(-1)
+    return log_p - norm.logpdf(z, mean_z, guide.log_scale.exp().detach().numpy()).sum(-1)
+
+
+@pytest.mark.parametrize(("num_particles", "num_estimates"), [(1, 1), (5, 1), (5, 3), (1, 4)])
+@pytest.mark.parametrize("gradient", ["standard", "stl", "dreg"])
+def test_value_is_scipys_logsumexp_on_the_same_draws(num_particles, num_estimates, gradient):
+    x = linear_data()
+    model, guide = linear_pair()
+    objective = MIWAE(num_particles, num_estimates, gradient)
+    objective.max_plate_nesting = 1  # no other run than the one whose draws are recorded
+    with Draws() as draws:
+        terms = objective.terms(model, guide, x)
+    z = draws.values["z"][0].reshape(num_estimates * num_particles, len(x), LATENT)
+    log_w = log_weights(model, guide, x, z).reshape(num_estimates, num_particles, len(x))
+    bound = (logsumexp(log_w, axis=1) - math.log(num_particles)).mean(0)
+    assert -terms.loss.item() == pytest.approx(bound.sum(), rel=1e-12)
+    elbo = log_w.mean((0, 1)).sum()
+    assert (terms.reconstruction - terms.kl).item() == pytest.approx(elbo, rel=1e-12)
+
+
+def test_one_particle_is_the_elbo():
+    x = linear_data()
+    pair = linear_pair()
+    losses = []
+    for objective in (ELBO(kl="monte_carlo"), IWAE(1)):
+        pyro.set_rng_seed(5)
+        losses.append(objective.loss(*pair, x))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_many_particles_approach_log_evidence():
+    x = linear_data()
+    model, guide = linear_pair()
+    with torch.no_grad():
+        guide.log_scale += 0.4  # wider than the posterior: weights of finite variance
+    num_particles = 100_000
+    objective = IWAE(num_particles, max_plate_nesting=1)
+    with Draws() as draws:
+        bound = -objective.loss(model, guide, x)
+    weights = np.exp(log_weights(model, guide, x, draws.values["z"][0]))
+    error = np.sqrt((weights.var(0) / weights.mean(0) ** 2).sum() / num_particles)
+    assert error < 0.05
+    assert abs(bound - model.log_evidence(x).sum()) < 4 * error
+    assert abs(-IWAE(3).loss(model, guide, x) - model.log_evidence(x).sum()) > 4 * error
+
+
+def test_any_number_is_exact_where_the_guide_is_the_posterior():
+    x = linear_data()
+    model, guide = linear_pair(exact=True)
+    for gradient in ("standard", "stl", "dreg"):
+        loss = MIWAE(4, 2, gradient).differentiable_loss(model, guide, x)
+        assert -loss.item() == pytest.approx(model.log_evidence(x).sum(), rel=1e-12)
+        still = gradient_of(loss, guide).abs().max() < 1e-10
+        assert still == (gradient != "standard")
+
+
+# --- gradients, against quadrature -------------------------------------------------------------
+
+
+class ScalarModel(nn.Module):
+    """x ~ N(w z + b, e^t), z ~ N(0, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([1.3, 0.2, -0.3]))
+
+    def forward(self, x: Tensor) -> None:
+        w, b, t = self.theta
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(w * z + b, t.exp()), obs=x)
+
+
+class ScalarGuide(nn.Module):
+    """z ~ N(a x + c, e^s)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.tensor([0.2, 0.3, 0.1]))
+
+    def forward(self, x: Tensor) -> None:
+        a, c, s = self.phi
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(a * x + c, s.exp()))
+
+
+def quadrature_iwae2(model: ScalarModel, guide: ScalarGuide, x: Tensor) -> Tensor:
+    """E[log (w_1 + w_2) / 2] by Gauss-Hermite over both draws, summed over x; differentiable."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    e, weight = torch.as_tensor(nodes), torch.as_tensor(weights / weights.sum())
+    (w, b, t), (a, c, s) = model.theta, guide.phi
+    z = a * x[:, None] + c + s.exp() * e
+    log_w = (
+        -0.5 * z**2
+        - 0.5 * ((x[:, None] - w * z - b) / t.exp()) ** 2 - t - 0.5 * math.log(2 * math.pi)
+        + 0.5 * e**2 + s
+    )  # fmt: skip
+    pairs = torch.logaddexp(log_w[:, :, None], log_w[:, None, :]) - math.log(2)
+    return (pairs * weight[:, None] * weight).sum()
+
+
+@pytest.mark.parametrize("gradient", ["standard", "dreg", "stl"])
+@pytest.mark.parametrize("num_estimates", [1, 3])
+def test_gradient_has_that_of_the_quadrature_as_expectation(gradient, num_estimates):
+    x = torch.tensor([1.5, -0.7])
+    model, guide = ScalarModel(), ScalarGuide()
+    expected = -quadrature_iwae2(model, guide, x)
+    truth = torch.cat([expected.reshape(1), gradient_of(expected, model, guide)]).detach()
+    objective = MIWAE(2, num_estimates, gradient)
+
+    def draw() -> Tensor:
+        loss = objective.differentiable_loss(model, guide, x)
+        return torch.cat([loss.detach().reshape(1), gradient_of(loss, model, guide)])
+
+    z = z_scores(repeat(draw, 1500 if gradient == "stl" else 800), truth).abs()
+    assert z[:4].max() < BOUND  # the value, and the model's part
+    if gradient == "stl":
+        assert z[4:].max() > 8  # the documented bias
+    else:
+        assert z[4:].max() < BOUND
+
+
+def chain_pair() -> tuple[nn.Module, nn.Module]:
+    class Model(nn.Module):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                top = pyro.sample("top", dist.Normal(0.0, 1.0))
+                low = pyro.sample("low", dist.Normal(1.5 * top, 0.5))
+                pyro.sample("x", dist.Normal(low, 0.7), obs=x)
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.phi = nn.Parameter(torch.tensor([0.7, -0.2, 0.5, -0.6]))
+
+        def forward(self, x):
+            a, s, b, t = self.phi
+            with pyro.plate("data", len(x)):
+                low = pyro.sample("low", dist.Normal(a * x, s.exp()))
+                pyro.sample("top", dist.Normal(b * low, t.exp()))
+
+    return Model(), Guide()
+
+
+@pytest.mark.parametrize("objective", [IWAE, ELBO])
+def test_path_derivatives_follow_a_chain_of_latents(objective):
+    x = torch.tensor([1.5, -0.7])
+    model, guide = chain_pair()
+    if objective is IWAE:
+        plain, path = IWAE(4), IWAE(4, "dreg")
+    else:
+        plain, path = ELBO("monte_carlo"), ELBO("monte_carlo", gradient="stl")
+
+    def slope(which) -> Tensor:
+        return gradient_of(which.differentiable_loss(model, guide, x), guide)
+
+    reference = repeat(lambda: slope(plain), 800)
+    ours = repeat(lambda: slope(path), 400, seed=1)
+    error = (ours.var(0) / len(ours) + reference.var(0) / len(reference)).sqrt()
+    assert ((ours.mean(0) - reference.mean(0)) / error).abs().max() < BOUND
+    assert (ours.var(0) < reference.var(0)).all()
+
+
+# --- plates, scales, masks ---------------------------------------------------------------------
+
+
+class Subsampled(nn.Module):
+    """A linear program that takes two rows of six; Pyro makes the model follow the guide."""
+
+    def __init__(self, program: LinearModel | LinearGuide) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, x: Tensor, rows: Tensor | None) -> None:
+        with pyro.plate("data", 6, subsample_size=2, subsample=rows, dim=-1) as taken:
+            pass
+        self.program(x, 6, taken, name="rows")
+
+
+@pytest.mark.parametrize("gradient", ["standard", "stl", "dreg"])
+@pytest.mark.parametrize("rows", [torch.tensor([4, 1]), None])
+def test_the_scale_of_a_subsample_multiplies_the_logarithm(gradient, rows):
+    x = linear_data(6)
+    model, guide = linear_pair(exact=True)
+    with Draws() as draws:
+        pair = Subsampled(model), Subsampled(guide)
+        loss = IWAE(3, gradient, max_plate_nesting=1).differentiable_loss(*pair, x, rows)
+    first, *others = draws.values["data"]
+    assert all(torch.equal(first, other) for other in others)
+    assert -loss.item() == pytest.approx(3 * model.log_evidence(x[first]).sum())
+    still = gradient_of(loss, guide).abs().max() < 1e-10
+    assert still == (gradient != "standard")
+
+
+def test_masks_and_scales_that_all_sites_share():
+    x = linear_data(6)
+    model, guide = linear_pair(exact=True)
+    evidence = model.log_evidence(x)
+    mask = torch.tensor([True, False, True, True, False, True])
+    by_row = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, 0.1])
+    for wrap, weight in (
+        (lambda p: poutine.mask(p, mask=mask), mask.numpy()),
+        (lambda p: poutine.scale(p, scale=0.25), np.full(6, 0.25)),
+        (lambda p: poutine.scale(p, scale=by_row), by_row.numpy()),
+    ):
+        loss = MIWAE(3, 2).loss(wrap(model), wrap(guide), x)
+        assert -loss == pytest.approx((weight * evidence).sum())
+
+
+def test_differing_scales_are_refused():
+    model, guide = linear_pair()
+    with pytest.raises(SiteError, match="carry different scales"):
+        IWAE(3).loss(poutine.scale(model, scale=0.5), guide, linear_data())
+
+
+def global_pair(subsample_size: int | None):
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=subsample_size) as rows:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[rows])
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.3, 0.5))
+
+    return model, guide
+
+
+def test_global_latents_have_joint_weights_and_no_subsample():
+    x = torch.tensor([0.3, 0.9, -0.4])
+    with Draws() as draws:
+        loss = IWAE(5, max_plate_nesting=1).loss(*global_pair(None), x)
+    mu = draws.values["mu"][0].numpy().reshape(5, 1)
+    log_p = norm.logpdf(mu[:, 0]) + norm.logpdf(x.numpy(), mu).sum(1)
+    log_w = log_p - norm.logpdf(mu[:, 0], 0.3, 0.5)
+    assert -loss == pytest.approx(logsumexp(log_w) - math.log(5))
+    with pytest.raises(SiteError, match=r'plate "data" at site "x" is subsampled.*global'):
+        IWAE(5).loss(*global_pair(2), x)
+
+
+def test_a_deterministic_site_does_not_join_the_weights():
+    model, guide = linear_pair()
+    x = linear_data()
+
+    def with_remark(x):
+        pyro.deterministic("remark", torch.tensor(1.0))
+        model(x)
+
+    losses = []
+    for program in (model, with_remark):
+        pyro.set_rng_seed(2)
+        losses.append(IWAE(4).loss(program, guide, x))
+    assert losses[0] == losses[1]
+
+
+def test_autonormal():
+    x = linear_data()
+    model, posterior = linear_pair(exact=True)
+    guide = AutoNormal(model)
+    guide(x)
+    with torch.no_grad():
+        guide.locs.z = x @ posterior.weight.T + posterior.bias
+        guide.scales.z = posterior.log_scale.exp().expand(len(x), LATENT)
+    loss = IWAE(3, "dreg").differentiable_loss(model, guide, x)
+    assert -loss.item() == pytest.approx(model.log_evidence(x).sum())
+    assert gradient_of(loss, guide).abs().max() < 1e-10
+
+
+def test_too_small_a_plate_nesting_is_refused():
+    model, guide = linear_pair()
+    with pytest.raises(ConfigError, match=r'plate "data" at site "z" is in dimension -1'):
+        IWAE(1, max_plate_nesting=0).loss(model, guide, linear_data())
+
+
+@pytest.mark.parametrize("arguments", [(0, 1), (1, 0), (2, 1, "reinforce")])
+def test_options_that_mean_nothing(arguments):
+    with pytest.raises(ConfigError):
+        MIWAE(*arguments)

@@ -1,0 +1,357 @@
+"""Bad input to `fit`: a typed error that names value and place, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyro.infer
+import pytest
+import torch
+from torch import Tensor, nn
+from training_helpers import (
+    FEATURES,
+    binary,
+    binary_data,
+    contents,
+    identical,
+    intensities,
+    normal_vae,
+    small_vae,
+)
+
+import pyro_vae as pv
+from pyro_vae.data import bernoulli_draw
+from pyro_vae.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    RunExistsError,
+    RunPermissionError,
+    ShapeError,
+    SupportError,
+)
+from pyro_vae.training.checkpoint import copy_weights
+from pyro_vae.training.devices import launch
+
+
+def spoiled(x: Tensor, value: float) -> Tensor:
+    x = x.clone()
+    x[3, 5] = value
+    return x
+
+
+def splits(train: Tensor, valid: Tensor) -> pv.Data:
+    return pv.Data(pv.Split(train), pv.Split(valid), pv.Split(valid))
+
+
+def wide_decoder() -> pv.VAE:
+    vae = small_vae()
+    vae.model.likelihood = pv.likelihoods.Bernoulli(pv.networks.MLP(2, [], FEATURES + 1))
+    return vae
+
+
+def plain_encoder() -> pv.VAE:
+    """An encoder that is no network of this library, and knows nothing of its errors."""
+    vae = small_vae()
+    vae.guide.posterior.network = nn.Linear(FEATURES + 2, 4)
+    return vae
+
+
+BAD_DATA = [
+    ("nan", lambda: spoiled(binary(20), float("nan")), DataError,
+     r"x\[3, 5\] = nan \(row 3, column 5\)"),
+    ("inf", lambda: spoiled(binary(20), float("-inf")), DataError,
+     r"x\[3, 5\] = -inf \(row 3, column 5\)"),
+    ("nan in validation", lambda: splits(binary(20), spoiled(binary(20), float("nan"))), DataError,
+     r"x\[3, 5\] = nan"),
+    ("nan under a draw",
+     lambda: pv.Split(spoiled(intensities(20), float("nan")), draw=bernoulli_draw), DataError,
+     r"x\[3, 5\] = nan"),
+    ("grey", lambda: spoiled(binary(20), 0.25), SupportError,
+     r"values 0 and 1, but x\[3, 5\] = 0\.25 .*Binarize.*continuous Bernoulli"),
+    ("grey in validation", lambda: splits(binary(20), intensities(20)), SupportError, "Binarize"),
+    ("features", lambda: binary(20)[:, :-1], ShapeError, r"takes vectors of 12 values.*11\)"),
+    ("features in validation", lambda: splits(binary(20), binary(20)[:, 1:]), ShapeError, r"11\)"),
+    ("empty", lambda: binary(0), DataError, r"at least one datum; x has shape \(0, 12\)"),
+    ("one dimension", lambda: binary(20)[0], DataError, r"one row a datum; x has shape \(12,\)"),
+    ("small", lambda: binary(5), ConfigError, r"batch_size=16 is larger than the data \(5 rows\)"),
+    ("text", lambda: ["a", "b"], DataError, "data of type list is no array"),
+    ("none", lambda: None, DataError, "data of type NoneType is no array"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [case[1:] for case in BAD_DATA],
+    ids=[case[0] for case in BAD_DATA],
+)
+def test_bad_data(make: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    vae = small_vae()
+    before = copy_weights(vae)
+    with pytest.raises(error, match=message):
+        pv.fit(vae, make(), epochs=1, batch_size=16, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    assert identical(vae, before)
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"epochs": 0}, ConfigError, "epochs must be at least 1, got 0"),
+    ({"batch_size": 0}, ConfigError, "batch_size must be at least 1, got 0"),
+    ({"batch_size": 49}, ConfigError, r"batch_size=49 is larger than the data \(48 rows\)"),
+    ({"learning_rate": 0.0}, ConfigError, r"learning_rate must be positive and finite, got 0\.0"),
+    ({"learning_rate": float("nan")}, ConfigError, "learning_rate must be positive.*got nan"),
+    ({"gradient_clip": -1.0}, ConfigError, r"gradient_clip must be positive and finite, got -1\.0"),
+    ({"patience": 0}, ConfigError, "patience must be at least 1, got 0"),
+    ({"seed": -1}, ConfigError, "seed must not be negative, got -1"),
+    ({"objective": pyro.infer.Trace_ELBO()}, ConfigError, "got Trace_ELBO; train with others"),
+    ({"precision": "banana"}, ConfigError, "precision is one of 32-true.*got 'banana'"),
+    ({"precision": "16-mixed"}, ConfigError, "precision is one of 32-true"),
+    ({"device": "tpu"}, DeviceError, "got 'tpu'"),
+    ({"device": "cuda:x"}, DeviceError, "got 'cuda:x'"),
+    ({"device": "cpu:1"}, DeviceError, "got 'cpu:1'"),
+    ({"devices": 0}, ConfigError, "devices must be at least 1, got 0"),
+    ({"resume": True}, CheckpointError, "nothing to resume"),
+    ({"resume": True, "overwrite": True}, ConfigError, "choose one"),
+    ({"resume": True, "out": None}, ConfigError, "resume=True needs out="),
+    ({"tensorboard": True, "out": None}, ConfigError, "tensorboard=True needs out="),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), BAD_ARGUMENTS, ids=[case[2] for case in BAD_ARGUMENTS]
+)
+def test_bad_arguments(
+    arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    settings = {"epochs": 1, "batch_size": 16, "out": tmp_path / "run", **arguments}
+    with pytest.raises(error, match=message):
+        pv.fit(small_vae(), binary_data(), **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_patience_without_validation(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="patience=3 needs validation data"):
+        pv.fit(small_vae(), binary(48), patience=3, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(
+            DeviceError, match=f"device='{device}' was asked for, and torch sees no"
+        ):
+            pv.fit(small_vae(), binary(48), device=device, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "error", "message"),
+    [
+        ("cuda:1", 1, DeviceError, "device='cuda:1': torch sees 1 CUDA devices"),
+        ("cuda", 2, DeviceError, "devices=2: torch sees 1 CUDA devices"),
+        ("cuda:0", 2, ConfigError, "is one device, and devices=2 asks for more"),
+    ],
+)
+def test_more_cuda_devices_than_there_are(
+    device: str, devices: int, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(error, match=message):
+        launch(device, devices, "32-true")
+
+
+def test_a_decoder_of_another_width(tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match=r"data of shape \(13,\), got data of shape \(12,\)"):
+        pv.fit(wide_decoder(), binary(48), batch_size=16, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_network_of_another_width(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot run on a batch of shape \(2, 12\)"):
+        pv.fit(plain_encoder(), binary(48), batch_size=16, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_model_and_guide() -> None:
+    for thing in (object(), nn.Linear(2, 2), lambda x: x):
+        with pytest.raises(ConfigError, match=r"needs an object with nn\.Modules model and guide"):
+            pv.fit(thing, binary(48))
+
+    class Functions:
+        model = small_vae().model
+
+        @staticmethod
+        def guide(x: Tensor) -> None: ...
+
+    with pytest.raises(ConfigError, match="the guide of this Functions is function"):
+        pv.fit(Functions(), binary(48))
+
+
+def test_nothing_to_train() -> None:
+    vae = small_vae().requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameters to train"):
+        pv.fit(vae, binary(48), batch_size=16)
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    """A folder that a run of two epochs left."""
+    folder = tmp_path / "run"
+    pv.fit(small_vae(), binary_data(), epochs=2, batch_size=16, out=folder)
+    return folder
+
+
+def again(folder: Path, vae: Any = None, data: Any = None, **settings: Any) -> pv.Run:
+    vae = small_vae(seed=3) if vae is None else vae
+    data = binary_data() if data is None else data
+    return pv.fit(vae, data, **{"epochs": 3, "batch_size": 16, "out": folder, **settings})
+
+
+def test_a_run_folder_that_exists(old_run: Path) -> None:
+    before = contents(old_run)
+    with pytest.raises(RunExistsError, match="run is not empty: resume that run, choose another"):
+        again(old_run)
+    assert contents(old_run) == before
+
+
+def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunExistsError, match="is not empty"):
+        again(tmp_path)
+    again(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(old_run: Path) -> None:
+    (old_run / "tensorboard").mkdir()
+    (old_run / "tensorboard" / "events").write_text("old")
+    run = again(old_run, overwrite=True, epochs=1)
+    assert len(run.metrics) == len(pv.read_metrics(old_run / "metrics.csv")) == 1
+    assert json.loads((old_run / "config.json").read_text())["fit"]["epochs"] == 1
+    assert not (old_run / "tensorboard").exists()
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    again(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("place", ["/proc/pyro-vae-run", "a file", "in a file"])
+def test_a_folder_that_cannot_be_written(place: str, tmp_path: Path) -> None:
+    """Each fails for root as well."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    folder = {"a file": file, "in a file": file / "run"}.get(place, Path(place))
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("there is no /proc here")
+    with pytest.raises(RunPermissionError, match="cannot write the run folder"):
+        again(folder)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunPermissionError, match="cannot write the run folder"):
+        again(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"seed": 1}, "has seed=0, not 1"),
+    ({"batch_size": 8}, "has batch_size=16, not 8"),
+    ({"learning_rate": 0.1}, r"has learning_rate=0\.001, not 0\.1"),
+    ({"optimizer": lambda p: torch.optim.SGD(p, 0.1)}, "has optimizer='Adam', not 'SGD'"),
+    (
+        {"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)},
+        "scheduler=None, not 'StepLR'",
+    ),
+    ({"objective": pv.ELBO(kl_weight=2.0)}, "has objective=.*'kl_weight': 1.0"),
+    ({"kl_schedule": lambda step: 1.0}, "has kl_schedule=False, not True"),
+    ({"gradient_clip": 1.0}, r"has gradient_clip=None, not 1\.0"),
+    ({"patience": 4}, "has patience=None, not 4"),
+    ({"precision": "64-true"}, "has precision='32-true', not '64-true'"),
+    ({"data": binary_data(64)}, "has batches=3, not 4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), OTHER_SETTINGS, ids=[str(case[0].keys()) for case in OTHER_SETTINGS]
+)
+def test_resume_with_other_settings(settings: dict[str, Any], message: str, old_run: Path) -> None:
+    before, vae = contents(old_run), small_vae(seed=3)
+    weights = copy_weights(vae)
+    with pytest.raises(CheckpointError, match=message):
+        again(old_run, vae, resume=True, **settings)
+    assert contents(old_run) == before
+    assert identical(vae, weights)
+
+
+def damage(file: str, how: Any) -> Any:
+    def spoil(folder: Path) -> None:
+        path = folder / file
+        new = how(path.read_bytes())
+        if new is None:
+            path.unlink()
+        else:
+            path.write_bytes(new)
+
+    return spoil
+
+
+DAMAGES = {
+    "truncated checkpoint": (damage("checkpoint.safetensors", lambda b: b[:-7]), "is damaged"),
+    "empty checkpoint": (damage("checkpoint.safetensors", lambda b: b""), "is damaged"),
+    "changed byte": (damage("checkpoint.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1])),
+                     "checksum does not match"),
+    "no checkpoint": (damage("checkpoint.safetensors", lambda b: None), "nothing to resume in"),
+    "truncated configuration": (damage("config.json", lambda b: b[:50]), "missing or damaged"),
+    "no configuration": (damage("config.json", lambda b: None), "missing or damaged"),
+    "strange configuration": (damage("config.json", lambda b: b"[1, 2]"), "missing or damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_resume_of_a_damaged_run(name: str, old_run: Path) -> None:
+    spoil, message = DAMAGES[name]
+    spoil(old_run)
+    before, vae = contents(old_run), small_vae(seed=3)
+    weights = copy_weights(vae)
+    with pytest.raises(CheckpointError, match=message):
+        again(old_run, vae, resume=True)
+    assert contents(old_run) == before
+    assert identical(vae, weights)
+
+
+def test_resume_with_weights_in_place_of_a_checkpoint(old_run: Path) -> None:
+    shutil.copy(old_run / "model.safetensors", old_run / "checkpoint.safetensors")
+    before = contents(old_run)
+    with pytest.raises(CheckpointError, match="holds no state of training"):
+        again(old_run, resume=True)
+    assert contents(old_run) == before
+
+
+@pytest.mark.parametrize("make", [lambda: small_vae(hidden=9), normal_vae])
+def test_resume_with_another_architecture(make: Any, old_run: Path) -> None:
+    before, vae = contents(old_run), make()
+    weights = copy_weights(vae)
+    if isinstance(vae.likelihood, pv.likelihoods.Normal):
+        vae.model.likelihood.extra = nn.Linear(1, 1)
+        weights = copy_weights(vae)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        again(old_run, vae, resume=True)
+    assert contents(old_run) == before
+    assert identical(vae, weights)
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing to resume in"):
+        again(tmp_path / "none", resume=True)
+    assert list(tmp_path.iterdir()) == []
