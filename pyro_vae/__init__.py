@@ -11,7 +11,7 @@ from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
     from pyro_vae import datasets, plots, training
-    from pyro_vae.evidence import Evidence, log_marginal
+    from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
 
 __all__ = [
@@ -24,9 +24,11 @@ __all__ = [
     "Run",
     "Split",
     "active_units",
+    "compare",
     "datasets",
     "distributions",
     "errors",
+    "exact",
     "fit",
     "likelihoods",
     "load_weights",
@@ -36,6 +38,7 @@ __all__ = [
     "posteriors",
     "priors",
     "read_metrics",
+    "sandwich",
     "save_weights",
     "schedules",
     "track_log_px",
@@ -45,11 +48,14 @@ __all__ = [
 # loaded at first use, so that `import pyro_vae` costs little more than `import pyro`
 _HOMES = {
     "Evidence": "pyro_vae.evidence",
+    "compare": "pyro_vae.evidence",
+    "exact": "pyro_vae.evidence",
     "Run": "pyro_vae.training",
     "fit": "pyro_vae.training",
     "load_weights": "pyro_vae.training",
     "log_marginal": "pyro_vae.evidence",
     "read_metrics": "pyro_vae.training",
+    "sandwich": "pyro_vae.evidence",
     "save_weights": "pyro_vae.training",
     "track_log_px": "pyro_vae.training",
 }

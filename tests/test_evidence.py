@@ -58,6 +58,33 @@ def test_any_draws_are_exact_when_the_guide_is_the_posterior(num_samples: int) -
     assert evidence.flagged.all(), "so few draws can tell nothing of their own reliability"
 
 
+@pytest.mark.parametrize(("defensive", "shrink"), [(0.0, 1.15), (0.1, 0.85)])
+def test_error_bias_and_coverage_are_as_reported(defensive: float, shrink: float) -> None:
+    """A thousand estimates of one datum: their spread, bias and 95% intervals."""
+    pair = Linear.random(features=5, latent=2, shift=0.3, shrink=shrink)
+    x = pair.draw(1)
+    found = pv.log_marginal(
+        pair.model, pair.guide, x.expand(1000, -1), num_samples=400, defensive=defensive
+    )
+    error = found.log_px - pair.log_px(x).item()
+    coverage = (abs(error) < 1.96 * found.se).mean()
+    assert 0.93 < coverage < 0.97
+    covariance = torch.linalg.inv(pair.precision)
+    cv2 = pv.exact.weight_variance(
+        torch.zeros(2), covariance, 0.3 * covariance.diagonal().sqrt(), shrink**2 * covariance
+    ).item()
+    spread = error.std()
+    if defensive:
+        assert spread < math.sqrt(cv2 / 400), "the mixture must do better than the narrow guide"
+    else:
+        # an sd of 1000 values has 2.2% of error
+        assert spread == pytest.approx(math.sqrt(cv2 / 400), rel=0.1)
+        assert found.bias_est.mean() == pytest.approx(-cv2 / 800, rel=0.2)
+    assert abs(error.mean() - found.bias_est.mean()) < 4 * spread / math.sqrt(1000)
+    jackknife = found.log_px_jackknife - pair.log_px(x).item()
+    assert abs(jackknife.mean()) < 4 * spread / math.sqrt(1000)
+
+
 def test_probabilities_of_all_images_sum_to_one() -> None:
     pair, x = Binary.random(pixels=8, latent=2), all_images(8)
     evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=2000, progress=False)
@@ -190,7 +217,7 @@ def test_exactly_k_draws_a_datum(pair: Linear) -> None:
 
     x = pair.draw(7)
     evidence = pv.log_marginal(model, pair.guide, x, num_samples=123, chunk_bytes=9999)
-    assert seen == 7 * 123 == evidence.provenance["decoder_evaluations"]
+    assert seen == 7 * 123 == evidence.provenance["model_evaluations"]
     assert (evidence.num_samples == 123).all()
 
 
@@ -251,7 +278,7 @@ def test_guides_of_other_families(guide: object) -> None:
     parts = pv.log_marginal(model, guide, x, num_samples=400, chunk_bytes=3000, progress=False)
     np.testing.assert_allclose(parts.log_px, whole.log_px, rtol=1e-12)
     assert abs(z_scores(whole, Chain.log_px(x)).mean()) < 4 / math.sqrt(40)
-    assert whole.provenance["proposal"]["inflated_share"] == (0.1 if guide is flow_guide else 0)
+    assert whole.provenance["proposal"]["share"] == (0.1 if guide is flow_guide else 0)
 
 
 def test_discrete_latents_drawn_by_the_guide() -> None:
@@ -428,3 +455,24 @@ def test_takes_arrays_and_splits(pair: Linear) -> None:
     for same in (x.numpy(), x.tolist(), pv.Split(x)):
         found = pv.log_marginal(pair.model, pair.guide, same, **options).log_px
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.cuda
+def test_cuda_agrees_with_the_cpu() -> None:
+    pair, x = Binary.random(pixels=8, latent=2), all_images(8)
+    on_cpu = pv.log_marginal(pair.model, pair.guide, x, method="grid", progress=False)
+    for module in (pair.decoder, pair.encoder):
+        module.cuda()
+    x, zeros = x.cuda(), torch.zeros(2, device="cuda")
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=pair.decoder(z)).to_event(1), obs=x)
+
+    on_cuda = pv.log_marginal(model, pair.guide, x, method="grid", progress=False)
+    np.testing.assert_allclose(on_cuda.log_px, on_cpu.log_px, atol=1e-3)
+    sampled = pv.log_marginal(model, pair.guide, x, num_samples=2000, progress=False)
+    z = (sampled.log_px - on_cpu.log_px) / sampled.se
+    assert abs(z.mean()) < 4 / math.sqrt(len(z))
+    assert sampled.provenance["device"].startswith("cuda")

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push
-from pyro_vae.evidence.target import Target, check_same_sites
+from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push, streams
+from pyro_vae.evidence.sites import check_same_sites
+from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
-from pyro_vae.seeding import derive, seeded
+from pyro_vae.seeding import seeded
 
 Noise = Callable[[str, Any], Tensor]
 
@@ -42,6 +42,9 @@ class Guide:
     Where all its distributions are maps of normal noise z = T(u), the guide runs once for all
     rows, and each row's noise comes from a stream of its own. Any other guide runs row by row.
 
+    Args:
+        target: whose guide it is.
+
     Attributes:
         is_map: whether all its distributions are such maps.
     """
@@ -49,8 +52,7 @@ class Guide:
     def __init__(self, target: Target) -> None:
         self.target = target
         with torch.random.fork_rng(), torch.no_grad():
-            pair = target.pair(range(1), 1)
-            sites = _sites(poutine.trace(self.target.guide).get_trace(*pair.args))
+            sites = target.pair(range(1), 1).sites_at(target.guide, {})
         self.is_map = all(is_pushforward(site["fn"]) for site in sites.values())
 
     def draw(
@@ -68,8 +70,8 @@ class Guide:
                 self._draw_row(row, num_draws, seed) for row, seed in zip(rows, seeds, strict=True)
             ]
             return _join(parts, self.target)
-        streams = _Streams(seeds, self.target, scales)
-        return self.place(rows, num_draws, streams, inflation)
+        fresh = FreshNoise(streams(seeds, scales.device), self.target.plate, scales)
+        return self.place(rows, num_draws, fresh, inflation)
 
     def place(self, rows: range, num_draws: int, noise: Noise, inflation: float = 1.0) -> Draws:
         """Run the guide with the noise given, by the name and distribution of a site."""
@@ -77,7 +79,7 @@ class Guide:
         pair = target.pair(rows, num_draws)
         placed = Place(noise)
         with placed:
-            sites = _sites(poutine.trace(pair._vectorized(target.guide)).get_trace(*pair.args))
+            sites = pair.sites_at(target.guide, {})
         check_same_sites(sites, target.guide_sites, "guide", rows)
 
         def log_density(name: str, site: Site, scale: float) -> Tensor:
@@ -96,8 +98,7 @@ class Guide:
         rows = range(row, row + 1)
         pair = self.target.pair(rows, num_draws)
         with seeded(seed):
-            trace = poutine.trace(pair._vectorized(self.target.guide)).get_trace(*pair.args)
-        sites = _sites(trace)
+            sites = pair.sites_at(self.target.guide, {})
         check_same_sites(sites, self.target.guide_sites, "guide", rows)
         log_q = sum(self.target.within(programs.log_prob(site)) for site in sites.values())
         return Draws(_leading(sites, num_draws), torch.as_tensor(log_q), None)
@@ -124,22 +125,27 @@ class Place(Messenger):
         u = self.noise(name, fn)
         msg["value"], self.log_det[name] = push(fn, u)
         event = tuple(range(-len(fn.event_shape), 0))
-        self.squares[name] = u.square().sum(event) if event else u.square()
+        self.squares[name] = (
+            torch.linalg.vector_norm(u, dim=event).square() if event else u.square()
+        )
         msg["done"] = True
 
 
-class _Streams:
-    """Noise with a stream for every row and site."""
+class FreshNoise:
+    """Noise for the sites of a program, with a stream for every row.
 
-    def __init__(self, seeds: list[int], target: Target, scales: Tensor) -> None:
-        self.seeds, self.target, self.scales = seeds, target, scales
-        self.sites: list[str] = []
+    Args:
+        streams: one a row; the sites take from them in the program's order.
+        plate: the dimension of the batch, from the right, that is indexed by row.
+        scales: `(num_draws,)`: what the noise is multiplied with.
+    """
+
+    def __init__(self, streams: list[torch.Generator], plate: int, scales: Tensor) -> None:
+        self.streams, self.plate, self.scales = streams, plate, scales
 
     def __call__(self, name: str, fn: Any) -> Tensor:
-        self.sites.append(name)
-        seeds = [derive(seed, len(self.sites)) for seed in self.seeds]
-        like = _location(fn)
-        u = noise(fn.shape(), self.target.axis(name), seeds, like.dtype, like.device)
+        axis = self.plate - len(fn.event_shape)
+        u = noise(fn.shape(), axis, self.streams, _location(fn).dtype)
         if len(self.scales) == 1:
             return u * self.scales
         return u * self.scales.reshape(-1, *(1,) * (u.dim() - 1))
@@ -149,10 +155,6 @@ def _location(fn: Any) -> Tensor:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn.loc
-
-
-def _sites(trace: poutine.Trace) -> dict[str, Site]:
-    return programs._sample_sites(trace)
 
 
 def _leading(sites: dict[str, Site], num_draws: int) -> dict[str, Tensor]:

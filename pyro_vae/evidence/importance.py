@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_vae.errors import NonFiniteError
 from pyro_vae.evidence.diagnostics import Summary, summarize
 from pyro_vae.evidence.draws import Draws, Guide
 from pyro_vae.evidence.target import Target
-from pyro_vae.seeding import derive
 
 # draws that the guide makes at once for a datum; part of what a seed means, so it is fixed
 DRAWS_AT_ONCE = 8192
@@ -81,10 +80,10 @@ class Sampler:
         self, target: Target, num_samples: int, seed: int, chunk_bytes: int, proposal: Proposal
     ) -> None:
         self.target, self.num_samples, self.seed = target, num_samples, seed
-        self.guide = Guide(target)
-        self.proposal = proposal if self.guide.is_map else Proposal(share=0.0)
+        self.guide, self.proposal = Guide(target), proposal
+        if proposal.share and not self.guide.is_map:
+            self.proposal = Proposal(share=0.0)
         self.budget = chunk_bytes
-        self.evaluations = 0
 
     def chunks(self) -> list[range]:
         """The rows, divided so that the draws and weights of a part fit the budget."""
@@ -97,31 +96,39 @@ class Sampler:
             for start in range(0, self.target.size, step)
         ]
 
-    def weights(self, rows: range, bar: tqdm | None = None) -> Weights:
-        """K weights for each of the rows."""
+    def weights(self, rows: range) -> Weights:
+        """K weights for each of the rows.
+
+        Raises:
+            NonFiniteError: a weight is NaN.
+        """
         wide = self.proposal.wide(self.num_samples)
-        parts = []
+        log_w, log_plain = [], []
+        for draws, log_joint in self._blocks(rows, wide):
+            log_w.append(log_joint - self._log_proposal(draws, wide))
+            log_plain.append(log_joint - draws.log_q.double())
+        return Weights(_by_row(log_w, rows), _by_row(log_plain, rows), wide)
+
+    def weighted_draws(self, rows: range) -> tuple[Tensor, dict[str, Tensor]]:
+        """The log weights `(rows, K)` and the draws that they belong to."""
+        wide = self.proposal.wide(self.num_samples)
+        log_w, values = [], []
+        for draws, log_joint in self._blocks(rows, wide):
+            log_w.append(log_joint - self._log_proposal(draws, wide))
+            values.append(draws.values)
+        joined = {name: torch.cat([v[name] for v in values]) for name in values[0]}
+        return _by_row(log_w, rows), joined
+
+    def _blocks(self, rows: range, wide: Tensor) -> Iterator[tuple[Draws, Tensor]]:
+        """All K draws of the rows, some at a time, with log p(x, z)."""
         for start in range(0, self.num_samples, DRAWS_AT_ONCE):
-            taken = slice(start, min(start + DRAWS_AT_ONCE, self.num_samples))
-            draws = self._draw(rows, start, wide[taken])
-            log_joint = self._log_joint(rows, draws, bar)
-            log_plain = log_joint - draws.log_q.double()
-            parts.append((log_joint - self._log_proposal(draws, wide), log_plain))
-        log_w, log_plain = (
-            torch.cat(part).T.contiguous().cpu() for part in zip(*parts, strict=True)
-        )
-        if log_w.isnan().any():
-            row = rows.start + int(log_w.isnan().any(1).nonzero()[0])
-            raise NonFiniteError(
-                f"the log weights of row {row} are NaN: check that the datum is finite and that "
-                "the parameters of model and guide are"
-            )
-        return Weights(log_w, log_plain, wide)
+            draws = self._draw(rows, start, wide[start : start + DRAWS_AT_ONCE])
+            yield draws, self._log_joint(rows, draws)
 
     def _draw(self, rows: range, start: int, wide: Tensor) -> Draws:
         x = self.target.arguments[0]
         scales = torch.where(wide, self.proposal.inflation, 1.0).to(x.device, x.dtype)
-        seeds = [derive(self.seed, row, start) for row in rows]
+        seeds = self.target.seeds(rows, self.seed, start)
         return self.guide.draw(rows, len(wide), seeds, scales, self.proposal.inflation)
 
     def _log_proposal(self, draws: Draws, wide: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ class Sampler:
         logs = torch.tensor([1 - share, share], dtype=torch.float64, device=log_q.device).log()
         return (parts + logs[:, None, None]).logsumexp(0)
 
-    def _log_joint(self, rows: range, draws: Draws, bar: tqdm | None) -> Tensor:
+    def _log_joint(self, rows: range, draws: Draws) -> Tensor:
         """log p(x, z) of all draws of the rows, in pieces, `(draws, rows)`, float64."""
         num_draws = len(draws.log_q)
         out = torch.empty_like(draws.log_q, dtype=torch.float64)
@@ -143,9 +150,6 @@ class Sampler:
             values = self.target.select(draws.values, part_rows, part_draws)
             piece = self._within_budget(taken, values)
             out[part_draws, part_rows] = piece.double()
-            self.evaluations += piece.numel()
-            if bar is not None:
-                bar.update(piece.numel())
         return out
 
     def _pieces(self, num_rows: int, num_draws: int) -> list[tuple[slice, slice]]:
@@ -181,6 +185,18 @@ class Sampler:
             for r, k in halves
         ]
         return torch.cat(parts, 0 if num_draws > 1 else 1)
+
+
+def _by_row(blocks: list[Tensor], rows: range) -> Tensor:
+    """Blocks of `(draws, rows)` as one `(rows, K)`."""
+    log_w = torch.cat(blocks).T.contiguous().cpu()
+    if log_w.isnan().any():
+        row = rows.start + int(log_w.isnan().any(1).nonzero()[0])
+        raise NonFiniteError(
+            f"the log weights of row {row} are NaN: check that the datum is finite and that "
+            "the parameters of model and guide are"
+        )
+    return log_w
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

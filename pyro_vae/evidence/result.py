@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyro_vae.errors import ConfigError, CorruptFileError
+
+if TYPE_CHECKING:
+    from pyro_vae.evidence.comparison import Difference
 
 Array = np.ndarray
 
@@ -40,6 +43,7 @@ class Evidence:
         provenance: seed, precision, device, versions, time, decoder evaluations, proposal and
             fingerprint of the data.
         convergence: mean log p(x) of the data set from the first k draws, by k.
+        source: model, guide, data and arguments, for `to_arviz`; not saved.
     """
 
     log_px: Array
@@ -56,6 +60,7 @@ class Evidence:
     data_size: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     convergence: Mapping[int, float] = field(default_factory=dict)
+    source: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.log_px)
@@ -97,6 +102,27 @@ class Evidence:
 
     def __str__(self) -> str:
         return _describe(self)
+
+    def compare(self, other: Evidence, mixed: bool = False) -> Difference:
+        """This evaluation minus another of the same data, paired by datum: see `difference`."""
+        from pyro_vae.evidence.comparison import difference
+
+        return difference(self, other, mixed)
+
+    def to_arviz(self, num_draws: int = 100, seed: int = 0) -> Any:
+        """Posterior, predictive and prior draws and log p(x|z): see `inference_data.to_arviz`.
+
+        Raises:
+            ConfigError: this evaluation was loaded from a file, which holds no model.
+        """
+        from pyro_vae.inference_data import to_arviz
+
+        if self.source is None:
+            raise ConfigError(
+                "an evaluation read from a file knows no model: call "
+                "pyro_vae.inference_data.to_arviz(model, guide, x)"
+            )
+        return to_arviz(*self.source, num_draws=num_draws, seed=seed)
 
     def save(self, path: str | Path) -> Path:
         """Write to `path`: `.npz`, or `.json` for other languages. No pickle.
@@ -176,6 +202,12 @@ def _describe(e: Evidence) -> str:
             f"log p(x) = {e.mean:.3f} ± {e.se_mc:.2g} nats a datum ({about})\n"
             f"  errors: {e.se_mc:.2g} Monte Carlo, {over}bias about {e.mean_bias_est:.2g}; "
             f"{exact:.4g} bits a value; none flagged"
+        )
+    if np.isnan(e.ess[e.flagged]).all():
+        return (
+            f"log p(x) about {e.mean:.3f} nats a datum, {e.num_flagged:,} of {len(e):,} data "
+            f"flagged ({about})\n  their integrals had not settled on the finest grid (last "
+            f'change up to {e.se[e.flagged].max():.2g} nats): use method="is" or "ais"'
         )
     worst = e.khat[e.flagged & np.isfinite(e.khat)]
     tail = f", k-hat up to {worst.max():.2f}" if len(worst) else ""

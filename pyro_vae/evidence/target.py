@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae import programs
-from pyro_vae.errors import ShapeError, SiteError, SupportError
-from pyro_vae.evidence.kernels import observed_log_prob
-from pyro_vae.programs import PARTICLES, Pair, Site
+from pyro_vae.errors import SiteError
+from pyro_vae.evidence import kernels
+from pyro_vae.evidence.sites import (
+    check_enumerable,
+    check_same_sites,
+    check_support,
+    data_plate,
+    discrete_values,
+)
+from pyro_vae.programs import Pair, Run
+from pyro_vae.seeding import derive
 from pyro_vae.typing import Program
 
 PROBE_ROWS = 3
@@ -28,57 +36,106 @@ class Target:
             whose index is the row.
         x: `(N, ...)`, on the device and in the precision of the programs.
         args: further arguments; tensors of length N are taken by row, as `x` is.
+        enumerate_all: sum over all latent sites, which must be discrete, and leave the guide out.
+        ids: numbers of the rows that fix their random streams; by default 0, 1, ...
+
+    Attributes:
+        evaluations: (datum, draw) pairs that the model was run on so far.
 
     Raises:
         SiteError: a site lies outside the plate of the data, a latent site is missing from the
             guide, nothing is observed, or a plate inside that of the data is subsampled.
     """
 
-    def __init__(self, model: Program, guide: Program, x: Tensor, args: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        x: Tensor,
+        args: Sequence[Any] = (),
+        enumerate_all: bool = False,
+        ids: Sequence[int] | None = None,
+    ) -> None:
+        self.ids = range(len(x)) if ids is None else ids
         self.model, self.guide = model, guide
         self.arguments = (x, *args)
         self.size = len(x)
+        self.evaluations = 0
+        self.nesting = 0
         rows = range(min(self.size, PROBE_ROWS))
-        with torch.random.fork_rng(), torch.no_grad():
-            self.nesting = programs.plate_nesting(model, guide, self._args(rows), {})
-            run = self.pair(rows, 1).run()
+        run = self._probe(rows, enumerate_all)
         sites = [*run.model.items(), *run.guide.items()]
-        self.plate = _data_plate(sites, len(rows))
+        self.nesting = max(
+            (-f.dim for _, s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0
+        )
         self.observed = {name for name, _ in run.observed}
         if not self.observed:
             raise SiteError("the model observes nothing: give it the data through obs=")
+        missing = {name: s for name, s in run.latent if name not in run.guide}
+        check_enumerable(missing, sorted(run.guide), enumerate_all)
+        self.plate = data_plate(sites, len(rows))
+        self.supports = {name: discrete_values(name, s, self.plate) for name, s in missing.items()}
         self.model_sites, self.guide_sites = set(run.model), set(run.guide)
-        self.event_dims = {name: len(site["fn"].event_shape) for name, site in run.guide.items()}
+        self.event_dims = {name: len(s["fn"].event_shape) for name, s in run.model.items()} | {
+            name: len(s["fn"].event_shape) for name, s in run.guide.items()
+        }
         self.latent_size = sum(value.numel() for value in run.values.values()) // len(rows)
         self.data_size = sum(s["value"].numel() for _, s in run.observed) // len(rows)
         self.bytes_per_pair = self._measure()
+
+    def subset(self, chosen: Sequence[int]) -> Target:
+        """The target of some of the rows, which keep their random streams."""
+        index = torch.as_tensor(list(chosen), device=self.arguments[0].device)
+        x, *args = (
+            a[index] if isinstance(a, Tensor) and a.dim() and len(a) == self.size else a
+            for a in self.arguments
+        )
+        return Target(self.model, self.guide, x, args, ids=[self.ids[i] for i in chosen])
+
+    def seeds(self, rows: range, seed: int, *keys: int) -> list[int]:
+        """A seed for each of the rows."""
+        return [derive(seed, self.ids[row], *keys) for row in rows]
 
     def pair(self, rows: range, num_draws: int) -> Pair:
         """The programs on some rows, to be run for several draws at once."""
         return Pair(self.model, self.guide, self._args(rows), {}, num_draws, self.nesting)
 
     def log_joint(self, rows: range, values: Mapping[str, Tensor]) -> Tensor:
-        """log p(x, z), `(num_draws, rows)`.
+        """log p(x, z), `(num_draws, rows)`, summed over the discrete sites that the guide lacks.
 
         Args:
-            values: the latent sites', `(num_draws, *batch, *event)`.
+            values: the guide's sites', `(num_draws, *batch, *event)`.
 
         Raises:
             SupportError: an observed value is outside the support of its distribution.
         """
-        num_draws = len(next(iter(values.values())))
+        num_draws = len(next(iter(values.values()))) if values else 1
         if num_draws == 1:
             values = {name: value.squeeze(0) for name, value in values.items()}
-        sites = self.pair(rows, num_draws).sites_at(self.model, values)
+        pair = self.pair(rows, num_draws)
+        if not self.supports:
+            return self._log_joint(pair, rows, values)
+        lead = (num_draws,) if num_draws > 1 else ()
+        terms = []
+        for states in itertools.product(*self.supports.values()):
+            batch = (*lead, *(len(rows) if d == self.plate else 1 for d in range(-self.nesting, 0)))
+            chosen = {
+                name: state.expand(*batch, *state.shape)
+                for name, state in zip(self.supports, states, strict=True)
+            }
+            terms.append(self._log_joint(pair, rows, {**values, **chosen}))
+        return torch.stack(terms).logsumexp(0)
+
+    def _log_joint(self, pair: Pair, rows: range, values: Mapping[str, Tensor]) -> Tensor:
+        self.evaluations += pair.num_particles * len(rows)
+        sites = pair.sites_at(self.model, values)
         check_same_sites(sites, self.model_sites, "model", rows)
         total: Tensor | float = 0.0
         for name, site in sites.items():
             if name in self.observed:
-                _check_support(name, site, self.plate, rows)
-                total = total + self.within(observed_log_prob(site))
-            else:
-                total = total + self.within(programs.log_prob(site))
-        return torch.as_tensor(total).expand(num_draws, len(rows))
+                check_support(name, site, self.plate, rows)
+            total = total + self.within(kernels.log_prob(site))
+        return torch.as_tensor(total).expand(pair.num_particles, len(rows))
 
     def within(self, value: Tensor) -> Tensor:
         """Sum a batch-shaped tensor to `(num_draws, rows)`."""
@@ -102,89 +159,19 @@ class Target:
             for a in self.arguments
         )
 
+    def _probe(self, rows: range, enumerate_all: bool) -> Run:
+        """One run on the first rows; sites that the guide lacks draw from the model."""
+        pair = self.pair(rows, 1)
+        with torch.random.fork_rng(), torch.no_grad():
+            guide = {} if enumerate_all else pair.sites_at(self.guide, {})
+            values = {name: site["value"] for name, site in guide.items()}
+            return Run(pair.sites_at(self.model, values), guide)
+
     def _measure(self) -> int:
         """Memory that one (datum, draw) takes: its largest intermediate results together."""
         with torch.random.fork_rng(), torch.no_grad(), _Sizes() as sizes:
-            self.pair(range(1), 1).run()
+            self.pair(range(1), 1).sites_at(self.model, {})
         return sum(sorted(sizes.bytes)[-4:])
-
-
-def check_same_sites(
-    sites: Mapping[str, Site], expected: set[str], program: str, rows: range
-) -> None:
-    """Raise `SiteError` where the structure of a program depends on the data or the draws."""
-    if changed := sites.keys() ^ expected:
-        raise SiteError(
-            f"the {program}'s sites {sorted(changed)} come and go with the data: on rows "
-            f"{rows.start} to {rows.stop - 1} it has {sorted(sites)}, on the first rows "
-            f"{sorted(expected)}, so no rows can be weighed together"
-        )
-
-
-def _data_plate(sites: list[tuple[str, Site]], num_rows: int) -> int:
-    """The dimension of the plate that every site is in and that has one index a row."""
-    frames = [
-        {f.dim: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
-        for _, site in sites
-    ]
-    candidates = [
-        {dim for dim, frame in plates.items() if frame.size == num_rows} for plates in frames
-    ]
-    shared = set.intersection(*candidates)
-    if not shared:
-        raise _no_plate(sites, frames, candidates, num_rows)
-    plate = min(shared)
-    for (name, _), plates in zip(sites, frames, strict=True):
-        for dim, frame in plates.items():
-            if dim != plate and frame.full_size is not None and frame.full_size != frame.size:
-                raise SiteError(
-                    f'plate "{frame.name}" at site "{name}" is subsampled within a datum, so its '
-                    "sum is an estimate and the weights of the datum are not: run it in full"
-                )
-    return plate
-
-
-def _no_plate(
-    sites: list[tuple[str, Site]],
-    frames: list[dict[int, Any]],
-    candidates: list[set[int]],
-    num_rows: int,
-) -> SiteError | ShapeError:
-    lost = next((i for i, found in enumerate(candidates) if not found), 0)
-    name, site = sites[lost]
-    kind = "observed" if site["is_observed"] else "latent"
-    plates = {frame.name: frame.size for frame in frames[lost].values()}
-    if plates:
-        return ShapeError(
-            f'{kind} site "{name}" lies in plates of sizes {plates}, none of which is the '
-            f"{num_rows} rows that the program was called with: its plate must follow the length "
-            "of its argument"
-        )
-    return SiteError(
-        f'{kind} site "{name}" lies in no plate: it is shared by all data, so log p(x) is no sum '
-        "over data. Draw it within the plate of the data, or fix it with pyro.condition"
-    )
-
-
-def _check_support(name: str, site: Site, plate: int, rows: range) -> None:
-    fn, value = site["fn"], site["value"]
-    support = fn.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    outside = ~support.check(value)
-    if site["mask"] is not None:
-        mask = torch.as_tensor(site["mask"], device=value.device)
-        outside = outside & mask.reshape(mask.shape + (1,) * len(fn.event_shape))
-    if outside.any():
-        index = outside.nonzero()[0].tolist()
-        row_axis = value.dim() - len(fn.event_shape) + plate
-        row = rows.start + (index[row_axis] if row_axis >= 0 else 0)
-        place = [i for axis, i in enumerate(index) if axis != row_axis]
-        shown = f" = {value[tuple(index)].item():g}" if outside.dim() == value.dim() else ""
-        raise SupportError(
-            f'observed site "{name}" takes values in {support}, but row {row}, position '
-            f"{place}{shown} is outside"
-        )
 
 
 class _Sizes(TorchDispatchMode):

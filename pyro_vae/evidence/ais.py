@@ -1,0 +1,220 @@
+"""Annealed importance sampling (Neal 2001) by Hamiltonian Monte Carlo, in the guide's coordinates.
+
+The latent variables are written as z = T(u) (`pushforward`), where T is the guide's map, with its
+noise inflated, or the prior's. The path from N(u; 0, I) to the posterior is
+
+    log f_b(u) = log N(u; 0, I) + b l(u),   l(u) = log p(x, T(u)) - log q(T(u)),   0 <= b <= 1,
+
+so l is the log importance weight, the space has no bounds, and the encoder's scales precondition
+the dynamics. The log weight of a chain is the sum of (b_t - b_(t-1)) l(u_(t-1)), in which every
+term is taken **before** the transition that leaves f_(b_t) invariant; the mean of the weights over
+chains estimates p(x) without bias, whatever the transitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import ConfigError
+
+Position = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how finely to anneal.
+
+    Attributes:
+        chains: independent chains a datum.
+        temperatures: number of transitions from base to posterior.
+        leapfrogs: leapfrog steps in one transition.
+        acceptance: that the step size is tuned to in the first round.
+        inflation: of the guide's noise in the base distribution.
+    """
+
+    chains: int = 16
+    temperatures: int = 200
+    leapfrogs: int = 5
+    acceptance: float = 0.65
+    inflation: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.chains < 2 or self.temperatures < 1 or self.leapfrogs < 1:
+            raise ConfigError(
+                "annealing takes at least 2 chains, 1 temperature and 1 leapfrog step; got "
+                f"{self.chains}, {self.temperatures} and {self.leapfrogs}"
+            )
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the chains are.
+
+    Attributes:
+        u: by site, `(chains, *batch, *event)`.
+        tilt: l(u), `(chains, rows)`.
+        slope: dl/du, by site, as `u`.
+    """
+
+    u: Position
+    tilt: Tensor
+    slope: Position
+
+
+class Space:
+    """Sums and broadcasts between sites and `(chains, rows)`.
+
+    Args:
+        axes: by site, the dimension that is indexed by row, from the right.
+        tilt: l(u), `(chains, rows)`, differentiable.
+    """
+
+    def __init__(self, axes: dict[str, int], tilt: Callable[[Position], Tensor]) -> None:
+        self.axes, self.tilt = axes, tilt
+
+    def state(self, u: Position) -> State:
+        """Evaluate l and its gradient; where l is NaN it counts as minus infinity."""
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in u.items()}
+            tilt = self.tilt(leaves)
+            slopes = torch.autograd.grad(tilt.sum(), list(leaves.values()), allow_unused=True)
+        slope = {
+            name: torch.zeros_like(value) if s is None else s.nan_to_num(0.0, 0.0, 0.0)
+            for (name, value), s in zip(u.items(), slopes, strict=True)
+        }
+        tilt = tilt.detach()
+        return State(u, torch.where(tilt.isnan(), -math.inf, tilt).double(), slope)
+
+    def squares(self, v: Position) -> Tensor:
+        """Sum of v² of each chain and row, `(chains, rows)`, float64."""
+        total: Tensor | float = 0.0
+        for name, value in v.items():
+            row_axis = value.dim() + self.axes[name]
+            others = [d for d in range(1, value.dim()) if d != row_axis]
+            squares = value.double().square()
+            total = total + (squares.sum(others) if others else squares)
+        return torch.as_tensor(total)
+
+    def spread(self, by_row: Tensor, like: Tensor, name: str) -> Tensor:
+        """`(chains or 1, rows)` in a shape that broadcasts with a site's value."""
+        shape = [1] * like.dim()
+        shape[0], shape[self.axes[name]] = by_row.shape
+        return by_row.reshape(shape).to(like.dtype)
+
+
+def leapfrog(
+    space: Space, state: State, momentum: Position, beta: float, step: Tensor, count: int
+) -> tuple[State, Position]:
+    """Half a kick, then drifts and full kicks in turn, and half a kick: reversible, volume kept.
+
+    Args:
+        step: step size of each row, `(1, rows)`.
+    """
+
+    def kick(momentum: Position, state: State, part: float) -> Position:
+        return {
+            name: p
+            + part * space.spread(step, p, name) * (beta * state.slope[name] - state.u[name])
+            for name, p in momentum.items()
+        }
+
+    momentum = kick(momentum, state, 0.5)
+    for i in range(count):
+        u = {n: value + space.spread(step, value, n) * momentum[n] for n, value in state.u.items()}
+        state = space.state(u)
+        momentum = kick(momentum, state, 1.0 if i < count - 1 else 0.5)
+    return state, momentum
+
+
+def transition(
+    space: Space,
+    state: State,
+    momentum: Position,
+    uniform: Tensor,
+    beta: float,
+    step: Tensor,
+    count: int,
+) -> tuple[State, Tensor]:
+    """One Hamiltonian Monte Carlo move that leaves f_beta invariant.
+
+    Args:
+        momentum: fresh, standard normal.
+        uniform: for the acceptance, `(chains, rows)`.
+
+    Returns:
+        The new state, and the probability of acceptance, `(chains, rows)`.
+    """
+
+    def energy(state: State, momentum: Position) -> Tensor:
+        # 0 * minus infinity is not wanted at the base
+        tilted = beta * state.tilt if beta > 0 else torch.zeros_like(state.tilt)
+        return 0.5 * (space.squares(state.u) + space.squares(momentum)) - tilted
+
+    end, end_momentum = leapfrog(space, state, momentum, beta, step, count)
+    log_ratio = energy(state, momentum) - energy(end, end_momentum)
+    accept = uniform.log() < log_ratio  # false where the ratio is NaN
+    u, slope = (
+        {n: torch.where(space.spread(accept.double(), new[n], n) > 0, new[n], old[n]) for n in old}
+        for new, old in ((end.u, state.u), (end.slope, state.slope))
+    )
+    moved = State(u, torch.where(accept, end.tilt, state.tilt), slope)
+    return moved, log_ratio.clamp_max(0).exp().nan_to_num(0.0)
+
+
+def schedule(temperatures: int, sharpness: float = 4.0) -> list[float]:
+    """0 = b_0 < ... < b_T = 1 along a sigmoid, dense at both ends (Wu et al. 2017)."""
+    t = torch.linspace(-sharpness, sharpness, temperatures + 1, dtype=torch.float64).sigmoid()
+    return ((t - t[0]) / (t[-1] - t[0])).tolist()
+
+
+Fresh = Callable[[State], tuple[Position, Tensor]]
+
+
+def anneal(
+    space: Space, state: State, betas: Sequence[float], steps: Sequence[Tensor], count: int,
+    fresh: Fresh,
+) -> Tensor:  # fmt: skip
+    """Log weights of the chains, `(chains, rows)`: from base to posterior, or back.
+
+    Args:
+        state: drawn from f at `betas[0]`.
+        betas: rising from 0 to 1, or falling from 1 to 0.
+        steps: frozen step size for each transition, `(1, rows)`.
+        fresh: draws momentum and uniforms.
+
+    Returns:
+        Forward: E[w] = p(x). Backward, from an exact posterior draw: E[w] = 1/p(x).
+    """
+    log_w = torch.zeros_like(state.tilt)
+    for (before, beta), step in zip(pairwise(betas), steps, strict=True):
+        log_w = log_w + (beta - before) * state.tilt
+        momentum, uniform = fresh(state)
+        state, _ = transition(space, state, momentum, uniform, beta, step, count)
+    return log_w
+
+
+def tune(
+    space: Space, state: State, betas: Sequence[float], settings: Settings, fresh: Fresh
+) -> list[Tensor]:
+    """A first round, thrown away, that finds the step size of each row at each temperature.
+
+    The step size follows the mean acceptance of the row's chains towards `settings.acceptance`.
+    """
+    dimensions = space.squares({n: torch.ones_like(v) for n, v in state.u.items()})[:1]
+    step = 0.5 * dimensions.clamp_min(1).pow(-0.25)
+    steps = []
+    for beta in betas[1:]:
+        momentum, uniform = fresh(state)
+        state, accepted = transition(
+            space, state, momentum, uniform, beta, step, settings.leapfrogs
+        )
+        rate = accepted.mean(0, keepdim=True)
+        step = (step * (1.0 + 0.2 * (rate - settings.acceptance))).clamp(1e-5, 2.0)
+        steps.append(step)
+    return steps

@@ -1,0 +1,130 @@
+"""Models compared on the same data: paired differences of log p(x)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyro_vae.errors import ConfigError, DataError
+from pyro_vae.evidence.result import Evidence
+
+
+@dataclass(frozen=True)
+class Difference:
+    """log p_a(x) - log p_b(x), paired by datum; nats.
+
+    Attributes:
+        per_datum: `(N,)`.
+        mean: a datum.
+        se_mc: Monte Carlo error of `mean` for these data.
+        se_total: error over test sets, sd(per_datum)/sqrt(N); NaN for one datum.
+        bias_est: estimated bias of `mean`: the two estimates' biases subtracted.
+        num_flagged: data flagged in either; where it is not 0, `mean` compares bounds.
+    """
+
+    per_datum: np.ndarray
+    mean: float
+    se_mc: float
+    se_total: float
+    bias_est: float
+    num_flagged: int
+
+    def __str__(self) -> str:
+        text = (
+            f"difference {self.mean:+.3f} ± {self.se_total:.2g} nats a datum over test sets "
+            f"(± {self.se_mc:.2g} Monte Carlo, bias about {self.bias_est:.2g})"
+        )
+        if self.num_flagged:
+            text += f"; {self.num_flagged:,} of {len(self.per_datum):,} data flagged: bounds only"
+        return text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models ranked by mean log p(x), each against the best, in the manner of `az.compare`.
+
+    Attributes:
+        names: best first.
+        evidences: in that order.
+        differences: of each to the best, in that order.
+    """
+
+    names: list[str]
+    evidences: list[Evidence]
+    differences: list[Difference]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in [*self.names, "model"])
+        lines = [
+            f"{'rank':>4}  {'model':<{width}}  {'log p(x)':>10}  {'behind':>8}  {'± test':>7}  "
+            f"{'± MC':>7}  {'flagged':>8}"
+        ]
+        for rank, (name, e, d) in enumerate(
+            zip(self.names, self.evidences, self.differences, strict=True)
+        ):
+            bound = ">=" if e.num_flagged else ""
+            lines.append(
+                f"{rank:>4}  {name:<{width}}  {bound + format(e.mean, '.3f'):>10}  "
+                f"{-d.mean:>8.3f}  {d.se_total:>7.2g}  {d.se_mc:>7.2g}  {e.num_flagged:>8,}"
+            )
+        return "\n".join(lines)
+
+
+def difference(a: Evidence, b: Evidence, mixed: bool = False) -> Difference:
+    """log p_a(x) - log p_b(x) on the same data.
+
+    Args:
+        mixed: allow different numbers of draws or methods: their biases then differ too.
+
+    Raises:
+        DataError: the two saw different data (or binarised them differently).
+        ConfigError: different K or methods, and not `mixed`.
+    """
+    seen = a.provenance.get("data"), b.provenance.get("data")
+    if seen[0] != seen[1] or len(a) != len(b):
+        raise DataError(
+            f"these evaluations saw different data: {len(a)} rows with fingerprint {seen[0]}, and "
+            f"{len(b)} with {seen[1]}. Evaluate both on the same rows, binarised alike"
+        )
+    for what in ("num_samples", "method"):
+        one, other = (sorted(set(getattr(e, what).tolist())) for e in (a, b))
+        if one != other and not mixed:
+            raise ConfigError(
+                f"these evaluations have {what} {one} and {other}, so their biases differ: "
+                "evaluate both alike, or pass mixed=True"
+            )
+    per_datum = a.log_px - b.log_px
+    N = len(per_datum)
+    return Difference(
+        per_datum=per_datum,
+        mean=float(per_datum.mean()),
+        se_mc=math.sqrt(float((a.se**2 + b.se**2).sum())) / N,
+        se_total=float(per_datum.std(ddof=1)) / math.sqrt(N) if N > 1 else math.nan,
+        bias_est=float((a.bias_est - b.bias_est).mean()),
+        num_flagged=int((a.flagged | b.flagged).sum()),
+    )
+
+
+def compare(evidences: Mapping[str, Evidence], mixed: bool = False) -> Comparison:
+    """Rank models by mean log p(x) on the same data.
+
+    Args:
+        evidences: by name.
+        mixed: as in `difference`.
+
+    Raises:
+        ConfigError: fewer than two models; else as `difference`.
+        DataError: as `difference`.
+    """
+    if len(evidences) < 2:
+        raise ConfigError(f"a comparison takes at least two evaluations, got {len(evidences)}")
+    names = sorted(evidences, key=lambda name: -evidences[name].mean)
+    best = evidences[names[0]]
+    return Comparison(
+        names=names,
+        evidences=[evidences[name] for name in names],
+        differences=[difference(evidences[name], best, mixed) for name in names],
+    )

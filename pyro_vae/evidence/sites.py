@@ -1,0 +1,127 @@
+"""What the sites of a (model, guide) must be for log p(x) to be a sum over data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vae.errors import ShapeError, SiteError, SupportError
+from pyro_vae.programs import PARTICLES, Site
+
+
+def check_same_sites(
+    sites: Mapping[str, Site], expected: set[str], program: str, rows: range
+) -> None:
+    """Raise `SiteError` where the structure of a program depends on the data or the draws."""
+    if changed := sites.keys() ^ expected:
+        raise SiteError(
+            f"the {program}'s sites {sorted(changed)} come and go with the data: on rows "
+            f"{rows.start} to {rows.stop - 1} it has {sorted(sites)}, on the first rows "
+            f"{sorted(expected)}, so no rows can be weighed together"
+        )
+
+
+def check_enumerable(sites: Mapping[str, Site], guide: list[str], enumerate_all: bool) -> None:
+    """Raise `SiteError` unless every one of the sites has finitely many values to sum over."""
+    for name, site in sites.items():
+        if site["fn"].has_enumerate_support:
+            continue
+        kind = type(site["fn"]).__name__
+        if enumerate_all:
+            raise SiteError(
+                f'latent site "{name}" is drawn from {kind}, whose values cannot be enumerated: '
+                'method="enumerate" needs every latent site discrete and finite'
+            )
+        raise SiteError(
+            f'the model\'s latent site "{name}" is missing from the guide, whose sites are '
+            f"{guide}: sample it there, or observe it in the model. Only discrete sites with "
+            "finitely many values may be left to the model"
+        )
+
+
+def discrete_values(name: str, site: Site, plate: int) -> Tensor:
+    """All values of a discrete site, `(number, *event)`."""
+    fn = site["fn"]
+    if any(size > 1 for dim, size in enumerate(reversed(fn.batch_shape), 1) if -dim != plate):
+        raise SiteError(
+            f'discrete site "{name}" has several values a datum (batch shape '
+            f"{tuple(fn.batch_shape)}): give each a site of its own, or draw them in the guide"
+        )
+    support = fn.enumerate_support(expand=False)
+    return support.reshape(len(support), *fn.event_shape)
+
+
+def data_plate(sites: list[tuple[str, Site]], num_rows: int) -> int:
+    """The dimension of the plate that every site is in and that has one index a row."""
+    frames = [
+        {f.dim: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
+        for _, site in sites
+    ]
+    candidates = [
+        {dim for dim, frame in plates.items() if frame.size == num_rows} for plates in frames
+    ]
+    shared = set.intersection(*candidates)
+    if not shared:
+        raise _no_plate(sites, frames, candidates, num_rows)
+    plate = min(shared)
+    for (name, _), plates in zip(sites, frames, strict=True):
+        for dim, frame in plates.items():
+            if dim != plate and frame.full_size is not None and frame.full_size != frame.size:
+                raise SiteError(
+                    f'plate "{frame.name}" at site "{name}" is subsampled within a datum, so its '
+                    "sum is an estimate and the weights of the datum are not: run it in full"
+                )
+    return plate
+
+
+def _no_plate(
+    sites: list[tuple[str, Site]],
+    frames: list[dict[int, Any]],
+    candidates: list[set[int]],
+    num_rows: int,
+) -> SiteError | ShapeError:
+    lost = next((i for i, found in enumerate(candidates) if not found), 0)
+    name, site = sites[lost]
+    kind = "observed" if site["is_observed"] else "latent"
+    plates = {frame.name: frame.size for frame in frames[lost].values()}
+    if plates:
+        return ShapeError(
+            f'{kind} site "{name}" lies in plates of sizes {plates}, none of which is the '
+            f"{num_rows} rows that the program was called with: its plate must follow the length "
+            "of its argument"
+        )
+    return SiteError(
+        f'{kind} site "{name}" lies in no plate: it is shared by all data, so log p(x) is no sum '
+        "over data. Draw it within the plate of the data, or fix it with pyro.condition"
+    )
+
+
+def check_support(name: str, site: Site, plate: int, rows: range) -> None:
+    """Raise `SupportError` where an observed value is outside its distribution's support.
+
+    Args:
+        plate: the dimension of the data's plate, to name the row by.
+        rows: those that the site was run on.
+    """
+    fn, value = site["fn"], site["value"]
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    outside = ~support.check(value)
+    if site["mask"] is not None:
+        mask = torch.as_tensor(site["mask"], device=value.device)
+        outside = outside & mask.reshape(mask.shape + (1,) * len(fn.event_shape))
+    if outside.any():
+        index = outside.nonzero()[0].tolist()
+        row_axis = value.dim() - len(fn.event_shape) + plate
+        row = rows.start + (index[row_axis] if row_axis >= 0 else 0)
+        place = [i for axis, i in enumerate(index) if axis != row_axis]
+        shown = f" = {value[tuple(index)].item():g}" if outside.dim() == value.dim() else ""
+        raise SupportError(
+            f'observed site "{name}" takes values in {support}, but row {row}, position '
+            f"{place}{shown} is outside"
+        )

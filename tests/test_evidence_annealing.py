@@ -1,0 +1,228 @@
+"""Annealed importance sampling, its mutants that must fail, and automatic escalation."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from evidence_pairs import Linear
+from torch import Tensor
+
+import pyro_vae as pv
+from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.evidence import ais
+from pyro_vae.evidence.ais import Settings, Space, State
+from pyro_vae.evidence.annealing import Annealer
+from pyro_vae.evidence.marginal import undisturbed
+from pyro_vae.evidence.pushforward import pull, push
+from pyro_vae.evidence.target import Target
+
+ROWS = 400
+
+
+def relative_weights(pair: Linear, start: str, settings: Settings) -> Tensor:
+    """w / p(x) of all chains of all data, whose mean is 1."""
+    x = pair.draw(ROWS)
+    with undisturbed(pair.model, pair.guide):
+        target = Target(pair.model, pair.guide, x)
+        annealer = Annealer(target, settings, seed=0, chunk_bytes=2**26, start=start)
+        log_w = torch.cat([annealer.log_weights(rows) for rows in annealer.chunks()])
+    return (log_w - pair.log_px(x)[:, None]).exp().mean(1)
+
+
+def z_of_one(weights: Tensor) -> float:
+    """How many standard errors the mean of the weights is from 1."""
+    return ((weights.mean() - 1) / (weights.std() / math.sqrt(len(weights)))).item()
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_weights_have_the_mean_p_of_x(start: str) -> None:
+    pair = Linear.random(features=4, latent=2, shift=0.7, shrink=0.7)
+    weights = relative_weights(pair, start, Settings(chains=8, temperatures=15, leapfrogs=3))
+    assert abs(z_of_one(weights)) < 3.5  # 1 in 2000
+    assert weights.std() < 1
+
+
+def test_an_increment_after_the_transition_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(space, state, betas, steps, count, fresh) -> Tensor:
+        log_w = torch.zeros_like(state.tilt)
+        for (before, beta), step in zip(pairwise(betas), steps, strict=True):
+            momentum, uniform = fresh(state)
+            state, _ = ais.transition(space, state, momentum, uniform, beta, step, count)
+            log_w = log_w + (beta - before) * state.tilt
+        return log_w
+
+    monkeypatch.setattr(ais, "anneal", late)
+    pair = Linear.random(features=4, latent=2, shift=0.7, shrink=0.7)
+    weights = relative_weights(pair, "prior", Settings(chains=8, temperatures=15, leapfrogs=3))
+    assert abs(z_of_one(weights)) > 6
+
+
+def test_a_last_kick_and_a_half_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kicks_too_far(space, state, momentum, beta, step, count) -> tuple[State, dict]:
+        state, momentum = right(space, state, momentum, beta, step, count)
+        extra = {
+            n: p + space.spread(step, p, n) * (beta * state.slope[n] - state.u[n])
+            for n, p in momentum.items()
+        }
+        return state, extra
+
+    right = ais.leapfrog
+    monkeypatch.setattr(ais, "leapfrog", kicks_too_far)
+    pair = Linear.random(features=4, latent=2, shift=0.7, shrink=0.7)
+    weights = relative_weights(pair, "prior", Settings(chains=8, temperatures=15, leapfrogs=3))
+    assert abs(z_of_one(weights)) > 4
+
+
+def quartic() -> Space:
+    return Space({"z": -2}, lambda u: -(u["z"] ** 4).sum(-1) + u["z"][..., 0] * u["z"][..., 1])
+
+
+def test_leapfrog_is_reversible_and_keeps_volume() -> None:
+    space = quartic()
+    state, momentum = space.state({"z": torch.randn(3, 5, 2)}), {"z": torch.randn(3, 5, 2)}
+    step = torch.full((1, 5), 0.1)
+    end, after = ais.leapfrog(space, state, momentum, 0.7, step, 4)
+    back, before = ais.leapfrog(space, end, {"z": -after["z"]}, 0.7, step, 4)
+    torch.testing.assert_close(back.u["z"], state.u["z"])
+    torch.testing.assert_close(-before["z"], momentum["z"])
+
+    def flow(point: Tensor) -> Tensor:
+        start = space.state({"z": point[:2].reshape(1, 1, 2)})
+        end, after = ais.leapfrog(
+            space, start, {"z": point[2:].reshape(1, 1, 2)}, 0.7, step[:, :1], 4
+        )
+        return torch.cat([end.u["z"].flatten(), after["z"].flatten()])
+
+    # the flow detaches, so its Jacobian is taken by differences
+    point, h = torch.randn(4), 1e-6
+    jacobian = torch.stack([(flow(point + h * e) - flow(point - h * e)) / (2 * h)
+                            for e in torch.eye(4)])  # fmt: skip
+    assert torch.det(jacobian).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_region_of_nan_is_never_entered() -> None:
+    space = Space({"z": -1}, lambda u: torch.where(u["z"] > 0, math.nan, -(u["z"] ** 2)))
+    state = space.state({"z": -torch.rand(50, 20)})
+    for _ in range(20):
+        momentum, uniform = {"z": torch.randn(50, 20)}, torch.rand(50, 20)
+        state, _ = ais.transition(space, state, momentum, uniform, 0.5, torch.ones(1, 20), 3)
+    assert (state.u["z"] <= 0).all()
+    assert state.tilt.isfinite().all()
+    assert state.slope["z"].isfinite().all()
+
+
+def test_schedule_runs_from_zero_to_one() -> None:
+    betas = ais.schedule(50)
+    assert (betas[0], betas[-1], len(betas)) == (0.0, 1.0, 51)
+    assert all(b > a for a, b in pairwise(betas))
+    assert betas[1] - betas[0] < betas[26] - betas[25]
+
+
+def affine_flow() -> dist.TransformedDistribution:
+    factor = torch.tensor([[1.0, 0, 0], [0.5, 2, 0], [1, 1, 0.7]])
+    affine = dist.transforms.LowerCholeskyAffine(torch.ones(3), factor)
+    return dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), affine)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dist.Normal(torch.randn(3), 2.0).to_event(1),
+        lambda: dist.MultivariateNormal(torch.ones(3), torch.eye(3) + 0.5),
+        lambda: dist.LogNormal(torch.randn(3), 0.5).to_event(1),
+        affine_flow,
+    ],
+)
+def test_maps_of_noise_have_the_density_of_their_distribution(
+    make: Callable[[], dist.Distribution],
+) -> None:
+    u, fn = torch.randn(7, 3), make().expand((7,))
+    z, log_det = push(fn, u)
+    log_q = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum(-1) - log_det
+    torch.testing.assert_close(log_q, fn.log_prob(z))
+    torch.testing.assert_close(pull(fn, z), u)
+
+
+def test_annealing_reaches_where_the_guide_does_not() -> None:
+    """Two modes of which the guide holds one: only annealing from the prior sees the other."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z**2, 0.3), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sqrt(), 0.25 / x.sqrt()))
+
+    x = torch.full((60,), 1.5)
+    exact = pv.log_marginal(model, guide, x[:1], method="grid").mean
+    options = {"annealing": Settings(chains=32, temperatures=40, leapfrogs=4)}
+    prior = pv.log_marginal(model, guide, x, method="ais", start="prior", **options)
+    z = (prior.log_px - exact) / prior.se
+    assert abs(z.mean()) < 4 / math.sqrt(60)
+    sampled = pv.log_marginal(model, guide, x, num_samples=500, defensive=0)
+    assert sampled.num_flagged == 0, "the guide's weights look well: that is the danger"
+    assert sampled.mean == pytest.approx(exact - math.log(2), abs=0.05)
+
+
+def test_auto_escalates_the_data_that_need_it() -> None:
+    wide = Linear.random(features=6, latent=6)
+
+    def guide(x: Tensor) -> None:
+        hard = x[:, :1] > wide.b[0]
+        covariance = torch.linalg.inv(wide.precision)
+        factor = torch.linalg.cholesky(covariance)
+        factor = torch.where(hard[..., None], 0.4, 1.0) * factor
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(wide.posterior_mean(x), scale_tril=factor))
+
+    x = wide.draw(30)
+    options = {"num_samples": 1000, "annealing": Settings(16, 40, 4)}
+    found = pv.log_marginal(wide.model, guide, x, method="auto", **options)
+    hard = (x[:, 0] > wide.b[0]).numpy()
+    assert set(found.method[~hard]) == {"is"}
+    assert (found.method[hard] == "ais").mean() > 0.8
+    assert (found.num_samples[found.method == "ais"] == 16).all()
+    plain = pv.log_marginal(wide.model, guide, x, num_samples=1000, defensive=0)
+    np.testing.assert_array_less(
+        abs(found.log_px - wide.log_px(x).numpy())[hard].mean(),
+        abs(plain.log_px - wide.log_px(x).numpy())[hard].mean(),
+    )
+    again = pv.log_marginal(wide.model, guide, x, method="auto", chunk_bytes=100_000, **options)
+    np.testing.assert_allclose(again.log_px, found.log_px)
+    np.testing.assert_array_equal(again.method, found.method)
+    assert "ais" in str(found)
+
+
+def test_auto_takes_the_grid_in_two_dimensions() -> None:
+    pair = Linear.random(features=5, latent=2, shift=2.0, shrink=0.3)
+    x = pair.draw(10)
+    found = pv.log_marginal(pair.model, pair.guide, x, method="auto", num_samples=400)
+    assert "grid" in found.method
+    settled = found.method == "grid"
+    np.testing.assert_allclose(found.log_px[settled], pair.log_px(x)[settled], atol=2e-3)
+
+
+def test_what_cannot_be_annealed() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(0.5))
+
+    with pytest.raises(SiteError, match='"c" is drawn from Bernoulli'):
+        pv.log_marginal(model, guide, torch.randn(3), method="ais")
+    with pytest.raises(ConfigError, match="at least 2 chains"):
+        Settings(chains=1)
+    pair = Linear.random(5, 2)
+    with pytest.raises(ConfigError, match="start"):
+        pv.log_marginal(pair.model, pair.guide, pair.draw(2), method="ais", start="nowhere")

@@ -1,0 +1,99 @@
+"""Comparisons, posterior draws and the bridge to ArviZ."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from evidence_pairs import Binary, Linear, all_images
+
+import pyro_vae as pv
+from pyro_vae.errors import ConfigError, DataError
+from pyro_vae.evidence.posterior import posterior_draws
+from pyro_vae.inference_data import to_arviz
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def evaluate(pair: Linear, x: torch.Tensor, **options: object) -> pv.Evidence:
+    return pv.log_marginal(pair.model, pair.guide, x, **{"num_samples": 500, **options})
+
+
+def test_paired_differences_are_those_of_the_closed_forms() -> None:
+    a = Linear.random(5, 2, shift=0.2)
+    b = Linear(a.W, a.b + 0.1, a.sigma, shift=0.3)
+    x = a.draw(100)
+    found = evaluate(a, x).compare(evaluate(b, x, seed=1))
+    exact = (a.log_px(x) - b.log_px(x)).mean().item()
+    assert abs(found.mean - exact) < 4 * found.se_mc
+    assert found.se_total == pytest.approx(found.per_datum.std(ddof=1) / 10)
+    ranked = pv.compare({"worse": evaluate(b, x), "better": evaluate(a, x)})
+    assert ranked.names == ["better", "worse"]
+    assert ranked.differences[0].mean == 0
+    assert ranked.differences[1].mean == pytest.approx(-exact, abs=4 * found.se_mc)
+    assert "better" in str(ranked).splitlines()[1]
+
+
+def test_refuses_what_cannot_be_compared() -> None:
+    pair = Linear.random(5, 2)
+    x = pair.draw(10)
+    one = evaluate(pair, x)
+    with pytest.raises(DataError, match="different data"):
+        one.compare(evaluate(pair, x + 1))
+    with pytest.raises(ConfigError, match=r"num_samples \[500\] and \[400\]"):
+        one.compare(evaluate(pair, x, num_samples=400))
+    assert one.compare(evaluate(pair, x, num_samples=400), mixed=True).mean < 1
+    with pytest.raises(ConfigError, match="at least two"):
+        pv.compare({"alone": one})
+
+
+def test_posterior_draws_are_calibrated_where_the_guide_is_not() -> None:
+    """Simulation-based calibration: z* ~ p, x ~ p(x|z*); z*'s rank among posterior draws is
+    uniform. Draws of a guide that is shifted and wide fail the same test."""
+    pair = Linear.random(5, 2, shift=0.8, shrink=1.3)
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(400, 2, generator=generator)
+    x = z @ pair.W.T + pair.b + pair.sigma * torch.randn(400, 5, generator=generator)
+    draws = posterior_draws(pair.model, pair.guide, x, num_draws=19, num_samples=1000)["z"]
+    assert draws.shape == (19, 400, 2)
+    raw = pair.posterior_mean(x) + 0.8 * torch.linalg.inv(pair.precision).diagonal().sqrt()
+    factor = 1.3 * torch.linalg.cholesky(torch.linalg.inv(pair.precision))
+    of_guide = raw + torch.randn(19, 400, 2, generator=generator) @ factor.T
+    for d in range(2):
+        counts = torch.bincount((draws[..., d] < z[:, d]).sum(0), minlength=20)
+        assert scipy.stats.chisquare(counts).pvalue > 1e-3
+        counts = torch.bincount((of_guide[..., d] < z[:, d]).sum(0), minlength=20)
+        assert scipy.stats.chisquare(counts).pvalue < 1e-6
+
+
+def test_arviz_gets_every_group() -> None:
+    import arviz as az
+
+    pair, x = Binary.random(pixels=5, latent=2), all_images(5)[:8]
+    evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=200)
+    data = evidence.to_arviz(num_draws=30)
+    groups = {"posterior", "log_likelihood", "posterior_predictive", "prior", "prior_predictive"}
+    assert groups | {"observed_data"} <= set(data.groups())
+    assert data.posterior["z"].dims == ("chain", "draw", "datum", "z_dim_0")
+    assert data.posterior["z"].shape == (1, 30, 8, 2)
+    assert data.log_likelihood["x"].dims == ("chain", "draw", "datum")
+    assert data.posterior_predictive["x"].shape == (1, 30, 8, 5)
+    np.testing.assert_array_equal(data.observed_data["x"], x)
+    z = torch.as_tensor(data.posterior["z"].values[0])
+    expected = torch.distributions.Bernoulli(logits=pair.decoder(z)).log_prob(x).sum(-1)
+    np.testing.assert_allclose(data.log_likelihood["x"][0], expected.detach(), rtol=1e-9)
+    assert len(az.summary(data, var_names="z", kind="stats")) == 16
+    pieces = to_arviz(pair.model, pair.guide, x, num_draws=30, chunk_bytes=20_000)
+    np.testing.assert_array_equal(pieces.posterior["z"], data.posterior["z"])
+    np.testing.assert_allclose(pieces.log_likelihood["x"], data.log_likelihood["x"])
+
+
+def test_a_loaded_evaluation_has_no_model(tmp_path: object) -> None:
+    pair = Linear.random(5, 2)
+    evidence = evaluate(pair, pair.draw(3))
+    loaded = pv.Evidence.load(evidence.save(tmp_path / "e.json"))
+    with pytest.raises(ConfigError, match="knows no model"):
+        loaded.to_arviz()
+    assert loaded.compare(evidence).mean == 0
+    assert math.isfinite(loaded.se_mc)
