@@ -202,8 +202,20 @@ def test_the_context_matters():
     assert (module(x).log_prob(z) - module(other).log_prob(z)).abs().min() > 1e-4
 
 
+def test_stopped_parameters_stay_stopped_after_the_call():
+    module, x = flow()
+    constants = {name: p.detach() for name, p in module.named_parameters()}
+    q = torch.func.functional_call(module, constants, (x,))
+    assert not q.log_prob(torch.randn(4, 3)).requires_grad
+    assert module(x).log_prob(torch.randn(4, 3)).requires_grad
+
+
 def test_a_step_far_out_stays_finite():
-    step = AutoregressiveStep(lambda x, _: (x * 0 + 3, x * 0 - 200), torch.zeros(1), [0, 1])
+    class FarOut(nn.Module):
+        def forward(self, x, _):
+            return x * 0 + 3, x * 0 - 200
+
+    step = AutoregressiveStep(FarOut(), torch.zeros(1), [0, 1])
     x = torch.ones(2)
     assert torch.isfinite(step.log_abs_det_jacobian(x, step(x)))
 
