@@ -14,7 +14,6 @@ import torch
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints, register_kl
-from torch.func import functional_call
 from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.errors import ConfigError, ShapeError
@@ -194,18 +193,15 @@ class AutoregressiveStep(Transform):
     domain = codomain = constraints.independent(constraints.real, 1)
     bijective = True
 
-    def __init__(self, network: nn.Module, context: Tensor, order: Sequence[int]) -> None:
+    def __init__(self, network: Any, context: Tensor, order: Sequence[int]) -> None:
         super().__init__(cache_size=1)
         self.order = order
         self.network = network
-        # as they are now: whoever stops or swaps parameters for the time of a call (the
-        # path-derivative gradients do) means the density that is evaluated afterwards as well
-        self.parameters: dict[str, Any] = dict(network.named_parameters())
         self.context = context
         self._remembered: tuple[Tensor, Tensor] | None = None
 
     def _shift_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, gate = functional_call(self.network, self.parameters, (x, self.context))
+        shift, gate = self.network(x, self.context)
         return shift, gate + 1.5  # starts near the identity: Kingma et al. 2016, app. C.2
 
     def _call(self, x: Tensor) -> Tensor:

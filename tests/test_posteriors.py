@@ -202,14 +202,6 @@ def test_the_context_matters():
     assert (module(x).log_prob(z) - module(other).log_prob(z)).abs().min() > 1e-4
 
 
-def test_stopped_parameters_stay_stopped_after_the_call():
-    module, x = flow()
-    constants = {name: p.detach() for name, p in module.named_parameters()}
-    q = torch.func.functional_call(module, constants, (x,))
-    assert not q.log_prob(torch.randn(4, 3)).requires_grad
-    assert module(x).log_prob(torch.randn(4, 3)).requires_grad
-
-
 def test_a_step_far_out_stays_finite():
     class FarOut(nn.Module):
         def forward(self, x, _):
