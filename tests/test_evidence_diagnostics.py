@@ -75,6 +75,23 @@ def test_data_without_a_finite_weight() -> None:
     assert (found.log_mean == -math.inf).all()
 
 
+def test_products_through_the_other_library_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyro_vae.evidence import products
+
+    monkeypatch.setattr(products, "_onednn_is_faster", torch.backends.mkldnn.is_available)
+    layer = torch.nn.Linear(30, 40).float()
+    for x in (torch.randn(500, 30), torch.randn(20, 30, 30), torch.randn(2, 30)):
+        x = x.float()
+        with torch.no_grad(), products.FastProducts():
+            found = layer(x)
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+        assert found.shape == (*x.shape[:-1], 40)
+    with products.FastProducts():
+        assert layer(torch.randn(500, 30).float()).requires_grad
+    double = layer.double()(torch.randn(500, 30))
+    assert double.dtype == torch.float64
+
+
 def test_thresholds_and_checkpoints() -> None:
     assert khat_threshold(5000) == 0.7
     assert khat_threshold(100) == 0.5
