@@ -108,8 +108,8 @@ def main() -> None:
     for name, row in results.items():
         auto, plain = row["auto"], row["plain"]
         print(
-            f"{name:<16} truth {row['truth']['mean']:.3f} ± {row['truth']['se_mc']:.2g}; rms error: "
-            f"auto {auto['rms_error']:.3f} ({auto['escalated']} of {NUM_DATA} annealed, "
+            f"{name:<16} truth {row['truth']['mean']:.3f} ± {row['truth']['se_mc']:.2g}; "
+            f"rms error: auto {auto['rms_error']:.3f} ({auto['escalated']} of {NUM_DATA} annealed, "
             f"{auto['seconds']:.1f} s), plain {plain['rms_error']:.3f} "
             f"(K = {plain['draws']:,}, {plain['seconds']:.1f} s): "
             f"{plain['rms_error'] / auto['rms_error']:.1f}x"
