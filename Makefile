@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN ?= runs/digits
 PYTEST ?= --numprocesses auto
 
-.PHONY: demo test check clean
+.PHONY: demo docs test check clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,11 @@ demo: .venv/installed
 	@echo
 	@echo "Look at $(RUN)/figures; the numbers are in $(RUN)/metrics.csv and $(RUN)/evidence.npz."
 	@echo "Type next: $(BIN)/pyro-vae train --help, or open notebooks/01_svi_script.ipynb."
+
+# the pictures of the README
+docs: demo
+	mkdir -p docs
+	cp $(RUN)/figures/manifold.png $(RUN)/figures/latent_map.png docs
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST)
