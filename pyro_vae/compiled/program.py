@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from pyro_vae.compiled.guard import check_agreement
 from pyro_vae.compiled.places import AnyPlace, Territory
 from pyro_vae.compiled.record import Recording, Run, gradients_of, preserved, record
 from pyro_vae.compiled.trace import trace
-
-logger = logging.getLogger("pyro_vae")
 
 # turns a graph and its inputs into something that computes the same, faster
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
