@@ -169,10 +169,11 @@ def prepare(
 
 @contextmanager
 def undisturbed(*programs_: Program) -> Iterator[None]:
-    """The ground for an evaluation: no gradients, evaluation mode, Pyro's validation off (supports
-    are checked once instead of at every draw), and everything as it was afterwards."""
+    """The ground for an evaluation: no gradients, evaluation mode, full precision, no validation
+    by Pyro (supports are checked once instead of at every draw); all as it was afterwards."""
     store = pyro.get_param_store()
     with (
+        _full_precision(),
         torch.no_grad(),
         torch.random.fork_rng(),
         programs.evaluating(*programs_),
@@ -180,6 +181,24 @@ def undisturbed(*programs_: Program) -> Iterator[None]:
         pyro.validation_enabled(False),
     ):
         yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever was chosen for training.
+
+    Rounded weights do not average out over draws: TF32 costs about 0.1 nats a datum on a confident
+    decoder, bfloat16 nearly 1.
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _collect(results: list[tuple[list[int], Columns]], **about: Any) -> Evidence:
