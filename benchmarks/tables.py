@@ -65,6 +65,63 @@ def kl_estimators_digits(report: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def mnist_parts(report: dict[str, Any]) -> str:
+    """`benchmarks.mnist_parts`: what a better prior and a tighter bound are worth."""
+    found = report["results"]
+    rows = [
+        [
+            row["name"],
+            f"{row['log_px']:.2f} ± {row['se_total']:.2f}",
+            f"{row['gain']:+.2f} ± {row['gain_se']:.2f}",
+            str(row["active_units"]),
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in found["rows"]
+    ]
+    head = [
+        f"{found['epochs']} epochs", f"L_{found['num_samples']}, {found['num_test']} images",
+        "gain, paired SE", "active units", "training",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def counts(report: dict[str, Any]) -> str:
+    """`benchmarks.counts`: likelihoods of counts on CEL-seq2."""
+    rows = [
+        [
+            str(row["seed"]),
+            row["likelihood"],
+            f"{row['log_px']:.0f}",
+            f"{row['gain']:+.0f} ± {row['gain_se']:.0f}",
+            f"{row['rand_index']:.3f}",
+        ]
+        for row in report["results"]["rows"]
+    ]
+    head = ["seed", "likelihood", "held-out log p(x)", "gain over Poisson, paired SE", "Rand index"]
+    return table(head, rows)
+
+
+def fit_overhead(report: dict[str, Any]) -> str:
+    """`benchmarks.fit_overhead`: the time of `fit` over that of a bare loop."""
+    rows = [
+        [name, f"{row['processor']['median']:.3f}", f"{row['wall']['median']:.3f}"]
+        for name, row in report["results"]["ratios"].items()
+    ]
+    return table(["against the bare loop", "processor time", "wall time"], rows)
+
+
+def train_step(report: dict[str, Any]) -> str:
+    """`benchmarks.train_step`: the compiled step over each peer's, ratios of medians."""
+    models = report["results"]["models"]
+    peers = list(dict.fromkeys(peer for model in models.values() for peer in model["ours_over"]))
+    rows = [
+        [name, f"{model['milliseconds']['compiled']:.2f} ms"]
+        + [f"{model['ours_over'][p]:.2f}" if p in model["ours_over"] else "–" for p in peers]
+        for name, model in models.items()
+    ]
+    return table(["model", "compiled", *(f"over {peer}" for peer in peers)], rows)
+
+
 kl_estimators_mnist = kl_estimators_digits
 
 

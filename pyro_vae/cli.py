@@ -1,4 +1,4 @@
-"""`pyro-vae`: train, evaluate, sample and plot from the command line."""
+"""`pyro-vae`: train, evaluate, compare, sample and plot from the command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError, RunExist
 
 RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 FAILURE, INTERRUPTED = 1, 130
+EVIDENCE = "evidence.npz"
 
 
 class Sizes(click.ParamType):
@@ -55,6 +56,7 @@ def cli() -> None:
         pyro-vae train --data digits --out runs/a
         pyro-vae evaluate runs/a --num-samples 1000
         pyro-vae plot runs/a
+        pyro-vae compare runs/a runs/b
     """
 
 
@@ -199,25 +201,54 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
 @cli.command()
 @click.argument("run", type=RUN)
 @click.option("--num-samples", type=click.IntRange(1), default=1000, help="Draws per datum.")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "is", "ais", "grid", "enumerate"]),
+    default="auto",
+    help="auto takes importance sampling, and what is exact or annealed where that fails.",
+)
 @click.option("--part", type=click.Choice(["train", "valid", "test"]), default="test")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Only the first so many data.")
 @click.option("--seed", type=int, default=0, help="Of the draws.")
 @click.option("--overwrite", is_flag=True, help="Replace an evaluation that is there.")
 def evaluate(
-    run: Path, num_samples: int, part: str, limit: int | None, seed: int, overwrite: bool
+    run: Path,
+    num_samples: int,
+    method: str,
+    part: str,
+    limit: int | None,
+    seed: int,
+    overwrite: bool,
 ) -> None:
-    """Importance-sampled log p(x) of RUN, with its error, into RUN/evidence.npz."""
+    """Estimate log p(x) under RUN, with its error, into RUN/evidence.npz."""
     import pyro_vae as pv
     from pyro_vae.recipes import load_run
 
-    target = _new_file(run / "evidence.npz", overwrite)
+    target = _new_file(run / EVIDENCE, overwrite)
     vae, data, _ = load_run(run)
     x = _part(data, part).x[:limit]
-    evidence = pv.log_marginal(vae.model, vae.guide, x, num_samples=num_samples, seed=seed)
+    evidence = pv.log_marginal(
+        vae.model, vae.guide, x, num_samples=num_samples, method=method, seed=seed
+    )
     evidence.save(target)
     click.echo(f"{part}: {evidence}")
     click.echo(f"Written to {target}")
     click.echo(f"Next: pyro-vae plot {run}; pyro-vae sample {run}")
+
+
+@cli.command()
+@click.argument("runs", type=RUN, nargs=-1, required=True)
+@click.option("--mixed", is_flag=True, help="Also where numbers of draws or methods differ.")
+def compare(runs: tuple[Path, ...], mixed: bool) -> None:
+    """Rank RUNS by log p(x), paired datum by datum; evaluate each first."""
+    from pyro_vae.evidence import Evidence, compare
+
+    found = {}
+    for run in runs:
+        if not (run / EVIDENCE).is_file():
+            raise ConfigError(f"{run} is not evaluated: pyro-vae evaluate {run}")
+        found[str(run)] = Evidence.load(run / EVIDENCE)
+    click.echo(str(compare(found, mixed)))
 
 
 @cli.command()

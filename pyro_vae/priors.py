@@ -103,7 +103,8 @@ class VampPrior(nn.Module):
     analytic KL; use `ELBO(kl="monte_carlo")`. One evaluation costs K encodings, whatever the batch,
     and with a `DiagonalNormal` one matrix product for all K densities of all data. With other
     posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow` each
-    needs the flow's inverse (see there).
+    needs the flow's inverse (see there). Warm the KL up (the authors do, over 100 epochs): at full
+    weight from the start, prior and posterior may agree before they have seen anything.
 
     Args:
         posterior: of the same VAE: a module, or any callable of `(x)` (or `(x, context)`).

@@ -161,3 +161,20 @@ def log_marginal(vae, x, half_width=10.0, points=101):
     cell = (edge[1] - edge[0]) ** 2
     log_joint = vae.prior().log_prob(z).unsqueeze(-1) + vae.decode(z.unsqueeze(1)).log_prob(x)
     return (log_joint.logsumexp(0) + cell.log()).sum()
+
+
+@pytest.mark.cuda
+@combinations
+def test_cuda_gives_the_same_densities(prior, likelihood, posterior):
+    vae, x = build(prior, likelihood, posterior)
+    z = vae.encode(x).sample()
+
+    def densities(device):
+        at = vae.to(device)
+        found = [at.encode(x.to(device)).log_prob(z.to(device))]
+        found.append(at.decode(z.to(device)).log_prob(x.to(device)))
+        if "callable" not in prior:  # a plain function makes its tensors where it says
+            found.append(at.prior().log_prob(z.to(device)))
+        return [value.detach().cpu() for value in found]
+
+    torch.testing.assert_close(densities("cuda"), densities("cpu"))

@@ -1,0 +1,41 @@
+"""The README says what is so: its code runs, its tables are the results, its links lead on."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tables
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_made_from_the_results() -> None:
+    assert tables.MARKED.search(README)
+    assert tables.render(README) == README
+
+
+def test_a_table_typed_by_hand_is_noticed() -> None:
+    edited = README.replace("<!-- end -->", "| 0.1 |\n<!-- end -->", 1)
+    assert tables.render(edited) != edited
+
+
+LINKS = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README)
+
+
+@pytest.mark.parametrize("target", ["".join(pair) for pair in LINKS])
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_the_svi_script_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    script = next(s for s in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "SVI" in s)
+    shortened = script.replace("range(100)", "range(1)").replace(
+        "num_samples=1000", "num_samples=5"
+    )
+    assert shortened != script
+    torch.set_default_dtype(torch.float32)  # as users have it; the fixture puts it back
+    exec(shortened, {})
+    assert "log p(x)" in capsys.readouterr().out
