@@ -4,7 +4,7 @@
 
 A VAE is trained on binarised digits. Its evidence is then evaluated where importance sampling
 fails: with an encoder whose scales are halved, and on data that the encoder never saw (digits with
-black and white exchanged). Errors are against a long annealing run from the prior; plain importance
+black and white exchanged). Errors are against a long annealing run; plain importance
 sampling draws from the guide alone, and gets as many draws as fit in the time that auto took.
 """
 
@@ -25,7 +25,7 @@ from pyro_vae.evidence import Settings
 
 COMMAND = "python -m benchmarks.evidence_auto"
 LATENT, NUM_DATA = 10, 20
-LONG = Settings(chains=32, temperatures=600, leapfrogs=6)
+LONG = Settings(chains=64, temperatures=500, leapfrogs=6)
 
 
 class Halved(nn.Module):
@@ -54,11 +54,15 @@ def train(epochs: int = 60) -> tuple[pv.VAE, Tensor]:
     return vae, data.test.fixed().x[:NUM_DATA]
 
 
-def duel(vae: pv.VAE, x: Tensor) -> dict[str, Any]:
-    """Errors and times of both."""
-    truth = pv.log_marginal(
-        vae.model, vae.guide, x, method="ais", start="prior", annealing=LONG, seed=1, progress=False
+def reference(vae: pv.VAE, x: Tensor) -> pv.Evidence:
+    """A long annealing run from the inflated guide of the VAE as it was trained."""
+    return pv.log_marginal(
+        vae.model, vae.guide, x, method="ais", annealing=LONG, seed=1, progress=False
     )
+
+
+def duel(vae: pv.VAE, x: Tensor, truth: pv.Evidence) -> dict[str, Any]:
+    """Errors and times of both."""
     started = time.perf_counter()
     auto = pv.log_marginal(vae.model, vae.guide, x, method="auto", progress=False)
     seconds = time.perf_counter() - started
@@ -99,11 +103,12 @@ def main() -> None:
     """Train, duel, print, write."""
     vae, x = train()
     halved = pv.VAE(vae.prior, vae.likelihood, Halved(vae.posterior))
+    seen, unseen = reference(vae, x), reference(vae, 1 - x)
     results = {
-        "as trained": duel(vae, x),
-        "scales halved": duel(halved, x),
-        "unseen data": duel(vae, 1 - x),
-        "halved, unseen": duel(halved, 1 - x),
+        "as trained": duel(vae, x, seen),
+        "scales halved": duel(halved, x, seen),
+        "unseen data": duel(vae, 1 - x, unseen),
+        "halved, unseen": duel(halved, 1 - x, unseen),
     }
     for name, row in results.items():
         auto, plain = row["auto"], row["plain"]

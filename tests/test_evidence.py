@@ -457,6 +457,25 @@ def test_takes_arrays_and_splits(pair: Linear) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def test_full_precision_whatever_training_chose(pair: Linear) -> None:
+    seen = set()
+
+    def model(x: Tensor) -> None:
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.add((torch.get_float32_matmul_precision(), autocast, torch.backends.cudnn.allow_tf32))
+        pair.model(x)
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pv.log_marginal(model, pair.guide, pair.draw(3), num_samples=5)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {("highest", False, False)}
+
+
 @pytest.mark.cuda
 def test_cuda_agrees_with_the_cpu() -> None:
     pair, x = Binary.random(pixels=8, latent=2), all_images(8)

@@ -68,7 +68,7 @@ class Comparison:
             bound = ">=" if e.num_flagged else ""
             lines.append(
                 f"{rank:>4}  {name:<{width}}  {bound + format(e.mean, '.3f'):>10}  "
-                f"{-d.mean:>8.3f}  {d.se_total:>7.2g}  {d.se_mc:>7.2g}  {e.num_flagged:>8,}"
+                f"{0.0 - d.mean:>8.3f}  {d.se_total:>7.2g}  {d.se_mc:>7.2g}  {e.num_flagged:>8,}"
             )
         return "\n".join(lines)
 

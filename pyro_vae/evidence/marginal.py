@@ -68,9 +68,10 @@ def log_marginal(
             whose log mean is a lower bound in expectation too. "grid", the trapezoid rule over one
             or two latent dimensions, doubled until no log p(x) moves by 1e-3 nats; `se` then holds
             the last change. "enumerate", the exact sum where every latent site is discrete.
-            "auto", importance sampling for every datum that a pilot finds sound, and for the others
-            the grid, in one or two real latent dimensions, or annealing; the method used is
-            recorded a datum. Discrete sites that the guide leaves to the model are summed over by
+            "auto", importance sampling for every datum that a pilot finds sound, with half the
+            draws inflated 2 or 3 times for those that then are ("is x2", "is x3"), and for the rest
+            the grid, in one or two real latent dimensions, or annealing; what was used is recorded
+            a datum. Discrete sites that the guide leaves to the model are summed over by
             every method.
         seed: of the draws.
         defensive: share of the draws that are made with the guide's noise inflated 1.5 times
@@ -168,10 +169,11 @@ def prepare(
 
 @contextmanager
 def undisturbed(*programs_: Program) -> Iterator[None]:
-    """The ground for an evaluation: no gradients, evaluation mode, Pyro's validation off (supports
-    are checked once instead of at every draw), and everything as it was afterwards."""
+    """The ground for an evaluation: no gradients, evaluation mode, full precision, no validation
+    by Pyro (supports are checked once instead of at every draw); all as it was afterwards."""
     store = pyro.get_param_store()
     with (
+        _full_precision(),
         torch.no_grad(),
         torch.random.fork_rng(),
         programs.evaluating(*programs_),
@@ -179,6 +181,24 @@ def undisturbed(*programs_: Program) -> Iterator[None]:
         pyro.validation_enabled(False),
     ):
         yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever was chosen for training.
+
+    Rounded weights do not average out over draws: TF32 costs about 0.1 nats a datum on a confident
+    decoder, bfloat16 nearly 1.
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _collect(results: list[tuple[list[int], Columns]], **about: Any) -> Evidence:

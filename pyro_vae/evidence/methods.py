@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from pyro_vae.seeding import derive
 Columns = dict[str, np.ndarray]
 Results = Iterator[tuple[list[int], Columns]]
 PILOT_SHARE, SMALLEST_PILOT = 0.1, 200
+# for guides that are too narrow: half the draws from noise inflated so much
+WIDER = (Proposal(0.5, 2.0), Proposal(0.5, 3.0))
 
 
 @dataclass(frozen=True)
@@ -71,40 +73,34 @@ def by_enumeration(target: Target, options: Options) -> Results:
 
 
 def automatic(target: Target, options: Options) -> Results:
-    """Importance sampling where a pilot says that it will do; a grid or annealing elsewhere.
+    """Importance sampling where it will do, from wider and wider proposals; then grid or annealing.
 
-    The pilot's draws only decide, and are thrown away. A datum whose final weights are flagged all
-    the same is annealed too.
+    At every stage a pilot decides for each datum, and its draws are thrown away; a datum whose
+    final weights are flagged all the same goes on to the next stage too.
     """
-    sampler = _sampler(target, options)
-    size = max(SMALLEST_PILOT, round(PILOT_SHARE * options.num_samples))
-    size = min(options.num_samples, size)
-    pilot = Sampler(target, size, derive(options.seed, 1), options.chunk_bytes, options.proposal)
-    escalate = _escalation(target, sampler.guide)
-    hard: list[int] = []
-    for rows in sampler.chunks():
-        sound = _promising(pilot, rows, options.num_samples)
-        if escalate is None:
-            sound[:] = True
-        hard += [row for row, good in zip(rows, sound, strict=True) if not good]
-        chosen = [row for row, good in zip(rows, sound, strict=True) if good]
-        if not chosen:
-            continue
-        part = sampler if len(chosen) == len(rows) else _sampler(target.subset(chosen), options)
-        within = rows if part is sampler else range(len(chosen))
-        columns = figures(part.weights(within))
-        if part is not sampler:
-            target.evaluations += part.target.evaluations
-        keep = np.ones(len(chosen), bool) if escalate is None else ~columns["flagged"]
-        hard += [row for row, good in zip(chosen, keep, strict=True) if not good]
-        columns.pop("convergence")
-        yield [r for r, k in zip(chosen, keep, strict=True) if k], _filter(columns, keep)
-    if hard and escalate is not None:
-        hard.sort()
-        subset = target.subset(hard)
-        for some, columns in escalate(subset, options):
-            yield [hard[row] for row in some], columns
-        target.evaluations += subset.evaluations
+    last = _last_resort(target)
+    if last is None:
+        yield from by_importance(target, options)
+        return
+    left = list(range(target.size))
+    stages = [options.proposal] if last is by_grid else [options.proposal, *WIDER]
+    for stage, proposal in enumerate(stages):
+        part = _part(target, left)
+        chosen = replace(options, proposal=proposal, seed=derive(options.seed, stage))
+        done = set()
+        for rows, columns in _where_sound(part, chosen):
+            if stage:
+                columns["method"] = np.full(len(rows), f"is x{proposal.inflation:g}")
+            done |= set(rows)
+            yield [left[row] for row in rows], columns
+        _count(target, part)
+        left = [row for i, row in enumerate(left) if i not in done]
+        if not left:
+            return
+    part = _part(target, left)
+    for rows, columns in last(part, options):
+        yield [left[row] for row in rows], columns
+    _count(target, part)
 
 
 METHODS: dict[str, Callable[[Target, Options], Results]] = {
@@ -120,20 +116,50 @@ def _sampler(target: Target, options: Options) -> Sampler:
     return Sampler(target, options.num_samples, options.seed, options.chunk_bytes, options.proposal)
 
 
-def _promising(pilot: Sampler, rows: range, num_samples: int) -> np.ndarray:
+def _where_sound(target: Target, options: Options) -> Results:
+    """Importance sampling of the data for which a pilot finds it sound, if it then is."""
+    size = max(SMALLEST_PILOT, round(PILOT_SHARE * options.num_samples))
+    pilot = _sampler(
+        target,
+        replace(options, num_samples=min(options.num_samples, size), seed=derive(options.seed, 1)),
+    )
+    for rows in _sampler(target, options).chunks():
+        chosen = [
+            row for row, good in zip(rows, _promising(pilot, rows, options), strict=True) if good
+        ]
+        if not chosen:
+            continue
+        part = _part(target, chosen)
+        columns = figures(_sampler(part, options).weights(range(len(chosen))))
+        _count(target, part)
+        columns.pop("convergence")
+        keep = ~columns["flagged"]
+        yield [row for row, kept in zip(chosen, keep, strict=True) if kept], _filter(columns, keep)
+
+
+def _promising(pilot: Sampler, rows: range, options: Options) -> np.ndarray:
     """Whether K draws will do for each of the rows, as far as a pilot can see."""
     summary = pilot.weights(rows).summary()
-    ess = summary.ess * num_samples / pilot.num_samples
-    # the pilot's own threshold is stricter than that of K draws: its k-hat is noisier
+    ess = summary.ess * options.num_samples / pilot.num_samples
     sound = (summary.khat <= khat_threshold(pilot.num_samples)) & (ess >= MIN_ESS)
     return sound.numpy()
 
 
-def _escalation(target: Target, guide: Guide) -> Callable[[Target, Options], Results] | None:
+def _last_resort(target: Target) -> Callable[[Target, Options], Results] | None:
     """What to do for data that importance sampling fails on: None where there is nothing."""
     if target.latent_size in LARGEST and real_sites(target):
         return by_grid
-    return by_annealing if guide.is_map else None
+    return by_annealing if Guide(target).is_map else None
+
+
+def _part(target: Target, rows: list[int]) -> Target:
+    return target if len(rows) == target.size else target.subset(rows)
+
+
+def _count(target: Target, part: Target) -> None:
+    if part is not target:
+        target.evaluations += part.evaluations
+        part.evaluations = 0
 
 
 def _filter(columns: Columns, keep: np.ndarray) -> dict[str, Any]:
