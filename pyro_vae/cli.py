@@ -149,6 +149,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     help="Epochs between estimates of log p(x) on 500 validation data; 0 for none.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--compile", is_flag=True, help="Fuse the step: slow to start, fast to train.")
 @click.option("--precision", default="32-true", help="32-true, 64-true, bf16-mixed or 16-mixed.")
 @click.option("--seed", type=int, default=0, help="Of weights, data and training.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files.")

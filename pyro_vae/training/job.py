@@ -25,7 +25,7 @@ from pyro_vae.training.checks import (
 )
 from pyro_vae.training.devices import launch, parameter_dtype
 from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
-from pyro_vae.training.loop import Loop, MeanTerms, Tracker
+from pyro_vae.training.loop import Compile, Loop, MeanTerms, Tracker
 from pyro_vae.training.metrics import Row
 
 
@@ -62,6 +62,7 @@ def fit(
     gradient_clip: float | None = None,
     patience: int | None = None,
     trackers: Sequence[Tracker] = (),
+    compile: Compile = False,
     device: str = "auto",
     devices: int = 1,
     precision: str = "32-true",
@@ -99,6 +100,10 @@ def fit(
             best weights.
         trackers: called with the number of each finished epoch, they return figures for its row of
             metrics.
+        compile: trace the objective into one fused graph (see `pyro_vae.compile`): the same draws
+            and, within rounding, the same weights. The first step then takes seconds to a minute
+            (less when the graph is in the cache on disk), so it pays for long training. `True`
+            raises what stands in the way, "auto" warns of it and goes on without.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
         devices: processes, each with a device of its own; more than one runs the script anew in
             each (Lightning Fabric's "ddp").
@@ -148,7 +153,7 @@ def fit(
         opt = optimizer(parameters) if optimizer else Adam(parameters, learning_rate, fused=True)
         schedule = None if scheduler is None else scheduler(opt)
         loop = Loop(
-            fabric, MeanTerms(objective, vae.model, vae.guide), weights, opt, schedule,
+            fabric, MeanTerms(objective, vae.model, vae.guide, compile), weights, opt, schedule,
             seed=seed, gradient_clip=gradient_clip, kl_schedule=kl_schedule, patience=patience,
             trackers=trackers,
         )  # fmt: skip
@@ -158,7 +163,7 @@ def fit(
             "learning_rate": learning_rate, "optimizer": type(opt).__name__,
             "scheduler": None if schedule is None else type(schedule).__name__,
             "gradient_clip": gradient_clip, "patience": patience, "device": str(fabric.device),
-            "devices": devices, "precision": precision, "seed": seed,
+            "devices": devices, "precision": precision, "seed": seed, "compile": compile,
         }  # fmt: skip
         if folder is not None:
             _prepare(loop, folder, resume, overwrite, {**(config or {}), "fit": settings}, data)

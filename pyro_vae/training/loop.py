@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import programs
 from pyro_vae.errors import CheckpointError, DataError
-from pyro_vae.objectives import Objective
+from pyro_vae.objectives import Objective, Terms
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import checkpoint
 from pyro_vae.training.batches import Batch, Batches
@@ -32,16 +33,29 @@ STEPS_BETWEEN_LOOKS = 50  # at a GPU's loss: reading it waits for the GPU, and N
 STEPS_BETWEEN_TALKS = 20  # of several processes, whether one of them was interrupted
 Tracker = Callable[[int], Mapping[str, float]]
 
+Compile = bool | Literal["auto"]
+
 
 class MeanTerms(nn.Module):
-    """An objective of a (model, guide) as a module: loss, reconstruction and KL per datum."""
+    """An objective of a (model, guide) as a module: loss, reconstruction and KL per datum.
 
-    def __init__(self, objective: Objective, model: nn.Module, guide: nn.Module) -> None:
+    Args:
+        compile: see `fit`.
+    """
+
+    def __init__(
+        self, objective: Objective, model: nn.Module, guide: nn.Module, compile: Compile = False
+    ) -> None:
         super().__init__()
         self.objective, self.model, self.guide = objective, model, guide
+        self.terms: Callable[..., Terms] = partial(objective.terms, model, guide)
+        if compile:
+            from pyro_vae.compiled import terms
+
+            self.terms = terms(objective, model, guide, compile)
 
     def forward(self, *batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        terms = self.objective.terms(self.model, self.guide, *batch)
+        terms = self.terms(*batch)
         n = len(batch[0])
         return terms.loss / n, terms.reconstruction / n, terms.kl / n
 
