@@ -110,6 +110,15 @@ def fit_overhead(report: dict[str, Any]) -> str:
     return table(["against the bare loop", "processor time", "wall time"], rows)
 
 
+def evidence(report: dict[str, Any]) -> str:
+    """`benchmarks.evidence`: microseconds a (datum, draw) pair."""
+    rows = [
+        [name, f"{row['microseconds']:.1f}", f"{row['times_the_limit']:.2f}"]
+        for name, row in report["results"]["speed"].items()
+    ]
+    return table(["log p(x)", "µs a (datum, draw)", "over the decoder's products"], rows)
+
+
 def train_step(report: dict[str, Any]) -> str:
     """`benchmarks.train_step`: the compiled step over each peer's, ratios of medians."""
     models = report["results"]["models"]
