@@ -10,7 +10,8 @@ from pyro_vae.objectives import ELBO, IWAE, MIWAE
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
-    from pyro_vae import datasets, plots, training
+    from pyro_vae import compiled, datasets, plots, training
+    from pyro_vae.compiled import CompiledSVI, compile
     from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
 
@@ -19,12 +20,15 @@ __all__ = [
     "IWAE",
     "MIWAE",
     "VAE",
+    "CompiledSVI",
     "Data",
     "Evidence",
     "Run",
     "Split",
     "active_units",
     "compare",
+    "compile",
+    "compiled",
     "datasets",
     "distributions",
     "errors",
@@ -47,6 +51,8 @@ __all__ = [
 
 # loaded at first use, so that `import pyro_vae` costs little more than `import pyro`
 _HOMES = {
+    "CompiledSVI": "pyro_vae.compiled",
+    "compile": "pyro_vae.compiled",
     "Evidence": "pyro_vae.evidence",
     "compare": "pyro_vae.evidence",
     "exact": "pyro_vae.evidence",
@@ -59,7 +65,7 @@ _HOMES = {
     "save_weights": "pyro_vae.training",
     "track_log_px": "pyro_vae.training",
 }
-_MODULES = ("datasets", "plots", "training")
+_MODULES = ("compiled", "datasets", "plots", "training")
 
 
 def __getattr__(name: str) -> Any:

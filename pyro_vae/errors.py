@@ -48,6 +48,10 @@ class ParameterStoreError(PyroVAEError, RuntimeError):
     """Pyro's parameter store holds other parameters under the name of this module."""
 
 
+class CompileError(PyroVAEError, RuntimeError):
+    """A program that cannot be compiled, or whose compiled version disagrees with the eager one."""
+
+
 class NonFiniteError(PyroVAEError, ArithmeticError):
     """A loss, gradient or parameter became NaN or infinite; the message says where and when."""
 

@@ -332,7 +332,7 @@ def test_manifold_decodes_the_quantiles_of_the_prior():
     vae, num = make_vae(), 5
     figure = plots.manifold(vae, SHAPE, num=num)
     (axes,) = figure.axes
-    found = cells(axes, num, edge=0)
+    found = cells(axes, num)
     quantile = stats.norm.ppf((np.arange(num) + 0.5) / num)
     z = [[quantile[c], quantile[num - 1 - r]] for r in range(num) for c in range(num)]
     np.testing.assert_allclose(found, decoded(vae, torch.tensor(z)), rtol=1e-9)

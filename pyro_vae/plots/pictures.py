@@ -134,7 +134,9 @@ def manifold(vae: VAE, image_shape: Shape | None, num: int = 20, seed: int = 0) 
     ratio = 1.0 if image_shape is None else image_shape[-2] / image_shape[-1]
     figure = style.figure(5, 0.4 + 4.8 * ratio)
     axes = figure.subplots()
-    tile(axes, mean, image_shape, num, limits=value_limits(mean), gap=False)
+    # small images fill their frame, and would run into their neighbours
+    gap = image_shape is not None and min(image_shape[-2:]) < 16
+    tile(axes, mean, image_shape, num, limits=value_limits(mean), gap=gap)
     places = num * np.array(TICKS)  # a cell is 1 / num of the probability
     axes.set_xticks(places, [f"${value:.2f}$" for value in ticks[:, 0].tolist()])
     axes.set_yticks(num - places, [f"${value:.2f}$" for value in ticks[:, 1].tolist()])

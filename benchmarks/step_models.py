@@ -1,0 +1,170 @@
+"""The models of `benchmarks.train_step` in Pyro and by hand; `step_numpyro` has them in NumPyro."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+import pyro_vae as pv
+
+Step = Callable[[], float]
+PIXELS, LEARNING_RATE = 784, 1e-3
+
+
+@dataclass
+class Case:
+    """A model and its data.
+
+    Attributes:
+        pair: makes (model, guide, module with the parameters, loss by hand).
+        args: of a step.
+        objective: what is compiled.
+        pyro: Pyro's own objectives for it.
+    """
+
+    pair: Callable[[], tuple[Any, Any, nn.Module, Callable[..., Tensor]]]
+    args: tuple[Tensor, ...]
+    objective: pv.objectives.Objective
+    pyro: dict[str, Any]
+
+
+def cases() -> dict[str, Case]:
+    """The four settings, by name."""
+    pyro_elbos = {"Trace_ELBO": Trace_ELBO(), "TraceMeanField_ELBO": TraceMeanField_ELBO()}
+    renyi = RenyiELBO(alpha=0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+    deep = lambda k: lambda: _mlp_vae([200, 200], 50, k)  # noqa: E731
+    torch.manual_seed(0)
+    return {
+        "MLP 784-400-20, batch 128": Case(
+            lambda: _mlp_vae([400], 20, 1), (_images(128),), pv.ELBO(), pyro_elbos
+        ),
+        "IWAE 784-200-200-50, batch 20, k = 1": Case(
+            deep(1), (_images(20),), pv.IWAE(1), pyro_elbos
+        ),
+        "IWAE 784-200-200-50, batch 20, k = 50": Case(
+            deep(50), (_images(20),), pv.IWAE(50), {"RenyiELBO": renyi}
+        ),
+        "convolutions 32-64, batch 128": Case(_conv_vae, (_images(128),), pv.ELBO(), pyro_elbos),
+        "Bayesian regression, AutoNormal": Case(
+            _regression, _regression_data(), pv.ELBO("auto"), pyro_elbos
+        ),
+    }
+
+
+def compiled(case: Case) -> Step:
+    """This library's step."""
+    model, guide, module, _ = case.pair()
+    optim = torch.optim.Adam(module.parameters(), LEARNING_RATE)
+    svi = pv.CompiledSVI(model, guide, optim, case.objective)
+    return lambda: svi.step(*case.args)
+
+
+def pyro_svi(case: Case, loss: Any) -> Step:
+    """Pyro's step."""
+    pyro.clear_param_store()
+    model, guide, _, _ = case.pair()
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), loss)
+    return lambda: svi.step(*case.args)
+
+
+def by_hand(case: Case, compile: bool) -> Step:
+    """A loss in a dozen lines of PyTorch, eager or through torch.compile, and fused Adam."""
+    _, _, module, loss = case.pair()
+    optim = torch.optim.Adam(module.parameters(), LEARNING_RATE, fused=True)
+    if compile:
+        loss = torch.compile(loss, fullgraph=True)
+
+    def step() -> float:
+        value = loss(*case.args)
+        optim.zero_grad()
+        value.backward()
+        optim.step()
+        return value.item()
+
+    return step
+
+
+def _mlp_vae(hidden: Sequence[int], latent: int, k: int) -> tuple[Any, ...]:
+    encoder = pv.networks.MLP(PIXELS, hidden, 2 * latent)
+    decoder = pv.networks.MLP(latent, list(reversed(hidden)), PIXELS)
+    return _vae(encoder, decoder, latent, k)
+
+
+def _conv_vae() -> tuple[Any, ...]:
+    encoder = pv.networks.ConvEncoder((28, 28), [32, 64], 2 * 20)
+    decoder = pv.networks.ConvDecoder(20, [64, 32], (28, 28))
+    return _vae(encoder, decoder, 20, 1)
+
+
+def _vae(encoder: nn.Module, decoder: nn.Module, latent: int, k: int) -> tuple[Any, ...]:
+    vae = pv.VAE(
+        pv.priors.StandardNormal(latent),
+        pv.likelihoods.Bernoulli(decoder),
+        pv.posteriors.DiagonalNormal(encoder),
+    )
+
+    def loss(x: Tensor) -> Tensor:
+        loc, log_variance = encoder(x).chunk(2, -1)
+        noise = torch.randn(k, *loc.shape)
+        z = loc + (0.5 * log_variance).exp() * noise
+        log_px = -nn.functional.binary_cross_entropy_with_logits(
+            decoder(z), x.expand(k, *x.shape), reduction="none"
+        ).sum(-1)
+        if k == 1:
+            kl = 0.5 * (loc**2 + log_variance.exp() - 1 - log_variance).sum()
+            return kl - log_px.sum()
+        log_ratio = 0.5 * (noise**2 - z**2 + log_variance).sum(-1)
+        return -((log_px + log_ratio).logsumexp(0) - torch.tensor(k).log()).sum()
+
+    return vae.model, vae.guide, vae, loss
+
+
+def _regression() -> tuple[Any, ...]:
+    x, _ = _regression_data()
+    prior_scale = torch.ones(x.shape[1])
+
+    def model(x: Tensor, y: Tensor) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros_like(prior_scale), 1.0).to_event(1))
+        bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ weight + bias, noise), obs=y)
+
+    guide = AutoNormal(model)
+    guide(*_regression_data())
+    sizes = {"weight": x.shape[1], "bias": 1, "noise": 1}
+    own = nn.ParameterDict({n: nn.Parameter(torch.zeros(2, size)) for n, size in sizes.items()})
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        total: Any = 0.0
+        draws = {}
+        for name, prior_scale in (("weight", 1.0), ("bias", 10.0), ("noise", 1.0)):
+            loc, raw = own[name]
+            q = torch.distributions.Normal(loc, nn.functional.softplus(raw), validate_args=False)
+            p = torch.distributions.Normal(0.0, prior_scale, validate_args=False)
+            draws[name] = q.rsample()
+            total = total + (q.log_prob(draws[name]) - p.log_prob(draws[name])).sum()
+        mean = x @ draws["weight"] + draws["bias"]
+        y_given = torch.distributions.Normal(mean, draws["noise"].exp(), validate_args=False)
+        return total - y_given.log_prob(y).sum()
+
+    module = nn.ModuleList([guide, own])
+    return model, guide, module, loss
+
+
+def _regression_data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 10, generator=generator)
+    return x, x.sum(-1) + torch.randn(500, generator=generator)
+
+
+def _images(batch: int) -> Tensor:
+    return (torch.rand(batch, PIXELS) < 0.3).float()

@@ -1,0 +1,197 @@
+"""One training step: compiled, beside Pyro, PyTorch by hand, and NumPyro.
+
+    python -m benchmarks.train_step [--numpyro-python PATH]
+
+Every contender takes a few steps in its turn, round after round, NumPyro in a process of its own
+that sleeps in between; reported are medians over the rounds, the fastest rounds, and the medians of
+the ratios within a round. All full fp32, all reading the loss at every step, except NumPyro's
+`fori_loop`. Also reported: the seconds until the first compiled step is done, with an empty
+compilation cache and with one on disk, and the import time of `pyro_vae` against `import pyro`.
+
+The threads of PyTorch spin while they wait, which on a machine with other work costs milliseconds:
+there, set GOMP_SPINCOUNT=0. The load average stands in the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import report, step_models
+
+COMMAND = "python -m benchmarks.train_step --numpyro-python PATH"
+OURS = "compiled"
+COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", OURS: "C0"}
+
+
+class NumPyro:
+    """The NumPyro process of one model."""
+
+    def __init__(self, python: str, name: str) -> None:
+        script = Path(__file__).with_name("step_numpyro.py")
+        self.process = subprocess.Popen(
+            [python, str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()
+
+    def seconds(self, way: str, steps: int) -> float:
+        """What `steps` steps take."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{way} {steps}\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the NumPyro process ended")
+        return answer
+
+
+def measure(name: str, rounds: int, seconds: float, numpyro: str | None) -> dict[str, Any]:
+    """Milliseconds a step of every contender, and its ratio to ours."""
+    case = step_models.cases()[name]
+    steps = {OURS: step_models.compiled(case)}
+    started = time.perf_counter()
+    steps[OURS]()
+    first = time.perf_counter() - started
+    steps |= {f"Pyro {kind}": step_models.pyro_svi(case, loss) for kind, loss in case.pyro.items()}
+    steps["PyTorch by hand"] = step_models.by_hand(case, compile=False)
+    steps["PyTorch by hand, torch.compile"] = step_models.by_hand(case, compile=True)
+    timers: dict[str, Callable[[int], float]] = {n: _timer(step) for n, step in steps.items()}
+    process = NumPyro(numpyro, name) if numpyro and _numpyro_has(name) else None
+    if process is not None:
+        timers["NumPyro jitted update"] = lambda n: process.seconds("update", n)
+        timers["NumPyro fori_loop"] = lambda n: process.seconds("fori_loop", n)
+    try:
+        rows = _rounds(timers, rounds, seconds)
+    finally:
+        if process is not None:
+            process.close()
+    return {
+        "milliseconds": {n: 1e3 * statistics.median(row[n] for row in rows) for n in timers},
+        "fastest_milliseconds": {n: 1e3 * min(row[n] for row in rows) for n in timers},
+        "ours_over": {
+            n: statistics.median(row[OURS] / row[n] for row in rows) for n in timers if n != OURS
+        },
+        "first_step_seconds": first,
+    }
+
+
+def _rounds(
+    timers: dict[str, Callable[[int], float]], rounds: int, seconds: float
+) -> list[dict[str, float]]:
+    """Seconds a step, by contender and round; a turn takes about `seconds`."""
+    steps = {}
+    for name, timer in timers.items():
+        timer(3)
+        steps[name] = max(3, int(seconds / (timer(5) / 5)))
+    return [{n: timer(steps[n]) / steps[n] for n, timer in timers.items()} for _ in range(rounds)]
+
+
+def _timer(step: step_models.Step) -> Callable[[int], float]:
+    def timer(n: int) -> float:
+        started = time.perf_counter()
+        for _ in range(n):
+            step()
+        return time.perf_counter() - started
+
+    return timer
+
+
+def _numpyro_has(name: str) -> bool:
+    return f'"{name}"' in Path(__file__).with_name("step_numpyro.py").read_text()
+
+
+def start_up(name: str) -> dict[str, float]:
+    """Seconds of a first compiled step in a fresh process, by the state of the cache on disk."""
+    script = (
+        "import time, torch; from benchmarks import step_models\n"
+        f"step = step_models.compiled(step_models.cases()[{name!r}])\n"
+        "start = time.perf_counter(); step(); print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        times = [_seconds(script, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2)]
+    return dict(zip(("empty_cache", "cache_on_disk"), times, strict=True))
+
+
+def import_time(repeats: int = 7) -> dict[str, float]:
+    """Median seconds of the two imports, in fresh processes in turn, and of their ratio."""
+    script = (
+        "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+    )
+    pairs = [[_seconds(script.format(m)) for m in ("pyro_vae", "pyro")] for _ in range(repeats)]
+    return {
+        "pyro_vae": statistics.median(ours for ours, _ in pairs),
+        "pyro": statistics.median(pyro for _, pyro in pairs),
+        "ratio": statistics.median(ours / pyro for ours, pyro in pairs),
+    }
+
+
+def _seconds(script: str, **environment: str) -> float:
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, stdout=subprocess.PIPE,
+        text=True, check=True,
+    )  # fmt: skip
+    return float(result.stdout.split()[-1])
+
+
+def plot(models: dict[str, Any]) -> Figure:
+    """Milliseconds a step, a panel a model."""
+    figure = Figure(figsize=(9, 1.9 * len(models)), layout="constrained")
+    for axes, (name, result) in zip(figure.subplots(len(models)), models.items(), strict=True):
+        items = sorted(result["milliseconds"].items(), key=lambda item: -item[1])
+        labels, values = zip(*items, strict=True)
+        bars = axes.barh(labels, values, color=[COLORS[label.split()[0]] for label in labels])
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlim(0, 1.1 * max(values))
+        axes.tick_params(labelsize=8)
+    axes.set_xlabel("milliseconds a step (median)")
+    return figure
+
+
+def main() -> None:
+    """Measure, print, and write the table and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=0.03, help="of a contender's turn")
+    parser.add_argument("--numpyro-python", help="a Python that has NumPyro")
+    options = parser.parse_args()
+    models = {}
+    for name in step_models.cases():
+        torch.manual_seed(0)
+        models[name] = measure(name, options.rounds, options.seconds, options.numpyro_python)
+        print(
+            name, *(f"{v:9.2f} ms  {n}" for n, v in models[name]["milliseconds"].items()), sep="\n"
+        )
+    first = next(iter(models))
+    results = {
+        "models": models,
+        "cuda": "not measured",
+        "start_up_seconds": {first: start_up(first)},
+        "import_seconds": import_time(),
+    }
+    results["load_average"] = os.getloadavg()[0]
+    results["spin_count"] = os.environ.get("GOMP_SPINCOUNT", "default")
+    report.write("train_step", COMMAND, results, plot(models))
+
+
+if __name__ == "__main__":
+    main()

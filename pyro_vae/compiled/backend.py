@@ -1,0 +1,58 @@
+"""What turns a graph into machine code: Inductor, called on the graph as it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from pyro_vae.compiled.program import Backend
+from pyro_vae.errors import CompileError
+
+
+def resolve(backend: str | Backend) -> Backend:
+    """A backend by name, `"inductor"` or one of `torch.compile`'s, or itself."""
+    if backend == "inductor":
+        return inductor
+    if isinstance(backend, str):
+        return torch._dynamo.lookup_backend(backend)
+    return backend
+
+
+def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Fuse the graph with TorchInductor. Random draws are those that eager operations make.
+
+    Compiled kernels are kept on disk by torch (`TORCHINDUCTOR_CACHE_DIR`).
+
+    Raises:
+        CompileError: there is no compiler for the device, or it fails.
+    """
+    with warnings.catch_warnings():
+        # of torch's own use of torch.jit
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.exc import InductorError
+
+        from pyro_vae.compiled import matmul
+
+        # torch's own generators, so that a compiled run draws what an eager run draws
+        options: dict[str, Any] = {"fallback_random": True}
+        if matmul.available():
+            options["post_grad_custom_post_pass"] = matmul.FasterProducts()
+        # torch keeps on disk what it compiled for inputs that are known by shape, not by value
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
+        try:
+            with tracing(TracingContext(mode)):
+                return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
+        except InductorError as error:
+            raise CompileError(
+                "TorchInductor cannot compile the program; on a CPU it needs a working C++ "
+                f"compiler (g++ or clang++). It says: {str(error).strip().splitlines()[0]}"
+            ) from error

@@ -1,0 +1,160 @@
+"""A Pyro computation run as compiled graphs: one for each kind of arguments it is called with."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_vae.compiled.places import Territory
+from pyro_vae.compiled.program import Backend, Program, Results, signature
+from pyro_vae.errors import CompileError, ConfigError
+
+logger = logging.getLogger("pyro_vae")
+
+# a computation: tensors, the loss first, and a static rest that may differ by kind of arguments
+Computation = Callable[..., tuple[Sequence[Tensor], Any]]
+_MANY = 16
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class Fused:
+    """Compiles `computation` at the first call with each kind of arguments, and remembers it.
+
+    Of one kind are calls whose tensors agree in shape, strides, dtype, device and whether they
+    require a gradient, whose other arguments are equal, and that find gradients, autocast, default
+    dtype and the programs' own Python attributes (`training` among them) alike.
+
+    Args:
+        computation: any function of tensors, plain Python values, and lists, tuples and
+            dictionaries of these.
+        territory: what the computation uses.
+        backend: compiles a graph.
+    """
+
+    def __init__(
+        self,
+        computation: Computation,
+        territory: Territory,
+        backend: Backend,
+    ) -> None:
+        self._computation = computation
+        self._territory = territory
+        self._backend = backend
+        self._programs: dict[Any, list[Program]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Any]:
+        """The computation's tensors, the first differentiable, and its static rest."""
+        results = self.run(*args, **kwargs)
+        first, *rest = results.outputs
+        if results.wanted and torch.is_grad_enabled():
+            first = _Differentiable.apply((first, results.gradients), *results.wanted)
+        return [first, *rest], results.static
+
+    def run(self, *args: Any, **kwargs: Any) -> Results:
+        """The computation's tensors, detached, and the gradients of the first."""
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = (structure, tuple(map(_describe, leaves)), _surroundings())
+        programs = self._programs.setdefault(key, [])
+        for program in programs:
+            inputs = program.inputs(tensors)
+            if inputs is not None:
+                return program(inputs)
+        program = self._compile(leaves, structure)
+        programs.insert(0, program)
+        inputs = program.inputs(tensors)
+        assert inputs is not None
+        return program(inputs)
+
+    def _compile(self, leaves: list[Any], structure: Any) -> Program:
+        if _PYRO_STACK:
+            names = [type(handler).__name__ for handler in _PYRO_STACK]
+            raise CompileError(
+                f"a compiled program does not see the effect handlers around its call ({names}): "
+                "put them inside the model or guide"
+            )
+        # objects of their own, so that an argument is told from a parameter or another argument
+        own = [
+            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
+        args, kwargs = tree_unflatten(own, structure)
+        program = Program(
+            lambda: self._computation(*args, **kwargs),
+            [leaf for leaf in own if isinstance(leaf, Tensor)],
+            self._territory,
+            self._backend,
+        )
+        count = sum(map(len, self._programs.values())) + 1
+        logger.info(
+            "compiled program %d: traced in %.1f s, compiled and checked in %.1f s",
+            count,
+            program.seconds["trace"],
+            program.seconds["compile"],
+        )
+        if count == _MANY:
+            warnings.warn(
+                f"compiled {count} times: every new shape, Python argument or Python attribute of "
+                "a module is another program. Pad batches to few shapes, and pass numbers that "
+                "change as tensors",
+                stacklevel=2,
+            )
+        return program
+
+
+class _Differentiable(torch.autograd.Function):
+    """A loss whose gradients are already known."""
+
+    @staticmethod
+    def forward(ctx: Any, results: tuple[Tensor, list[Tensor]], *wanted: Tensor) -> Tensor:
+        loss, gradients = results
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        gradients = ctx.saved_tensors
+        if scale.device.type != "cpu" or scale.item() != 1.0:
+            gradients = [gradient * scale for gradient in gradients]
+        return None, *gradients
+
+
+def _describe(leaf: Any) -> Any:
+    """What a graph assumes of an argument."""
+    if isinstance(leaf, Tensor):
+        if leaf.layout is not torch.strided or type(leaf) not in (Tensor, torch.nn.Parameter):
+            raise CompileError(
+                f"a compiled program takes plain dense tensors, got a {type(leaf).__name__} of "
+                f"layout {leaf.layout}"
+            )
+        return signature(leaf)
+    if isinstance(leaf, _PLAIN):
+        return type(leaf), leaf
+    raise ConfigError(
+        f"a compiled program takes tensors, numbers and strings, and lists, tuples and "
+        f"dictionaries of these, got {type(leaf).__name__}: pass torch.as_tensor of an array"
+    )
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """The state of torch and Pyro that a program runs under."""
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        tuple(
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            for device in ("cpu", "cuda")
+        ),
+        pyro.settings.get("module_local_params"),
+    )

@@ -1,0 +1,118 @@
+"""Matrix products on a CPU through oneDNN, where it is the faster.
+
+PyTorch sends fp32 products to its BLAS (MKL, on x86). On some machines oneDNN, which PyTorch
+carries as well, is about twice as fast at the same precision; on others it is not. So every large
+product of a compiled graph is timed both ways, on its own shape and layout, and takes the faster.
+The choice is part of what torch keeps in its compilation cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+# below this many multiplications a call's overhead counts for more than the arithmetic
+_SMALLEST = 1_000_000
+_ROUNDS = 15
+_WORTHWHILE = 0.9
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+
+def _aten(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+_library = torch.library.Library("pyro_vae", "DEF")
+_library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+_library.impl("product", _onednn, "CPU")
+
+
+@torch.library.register_fake("pyro_vae::product", lib=_library)
+def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+class FasterProducts(CustomGraphPass):
+    """Replaces the products of a graph that oneDNN computes faster."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        choices: dict[Any, bool] = {}
+        for node in list(graph.nodes):
+            operands = _operands(node)
+            if operands is None:
+                continue
+            key = tuple(_layout(operand) for operand in operands)
+            if key not in choices:
+                choices[key] = _faster(*key)
+            if choices[key]:
+                with graph.inserting_before(node):
+                    product = graph.call_function(torch.ops.pyro_vae.product.default, operands)
+                product.meta.update(node.meta)
+                node.replace_all_uses_with(product)
+                graph.erase_node(node)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,), f"{torch.get_num_threads()}")
+
+
+def available() -> bool:
+    """Whether this PyTorch has oneDNN and may use it."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[return-value]
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """`(a, b, bias)` if the node is a large fp32 product on the CPU that oneDNN could take."""
+    if node.target is torch.ops.aten.mm.default:
+        a, b = node.args
+        bias = None
+    elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
+        bias, a, b = node.args
+    else:
+        return None
+    given = [operand for operand in (a, b, bias) if operand is not None]
+    values = [operand.meta["val"] for operand in given if isinstance(operand, fx.Node)]
+    if len(values) < len(given) or any(
+        v.dtype != torch.float32 or v.device.type != "cpu" for v in values
+    ):
+        return None
+    if bias is not None and values[2].dim() != 1:
+        return None
+    size = values[0].shape[0] * values[0].shape[1] * values[1].shape[1]
+    return (a, b, bias) if size >= _SMALLEST else None  # type: ignore[return-value]
+
+
+def _layout(operand: fx.Node | None) -> tuple[torch.Size, tuple[int, ...]] | None:
+    return None if operand is None else (operand.meta["val"].shape, operand.meta["val"].stride())
+
+
+def _example(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """A tensor of this layout whose values are all about, made without drawing from a generator."""
+    values = (torch.arange(shape.numel(), dtype=torch.float32) % 17 / 8 - 1).view(shape)
+    return torch.empty_strided(shape, stride, dtype=torch.float32).copy_(values)
+
+
+def _faster(*layouts: tuple[torch.Size, tuple[int, ...]] | None) -> bool:
+    """Whether oneDNN takes operands of these layouts, and is the faster at them."""
+    operands = [None if layout is None else _example(*layout) for layout in layouts]
+    ways: tuple[Callable[..., Tensor], ...] = (_aten, _onednn)
+    try:
+        expected, got = (way(*operands) for way in ways)
+    except RuntimeError:  # a layout that oneDNN refuses
+        return False
+    if not torch.allclose(expected, got, rtol=1e-4):
+        return False
+    fastest = [float("inf")] * 2
+    for _ in range(_ROUNDS):  # in turns, so that a busy moment hits both; the best round counts
+        for i, way in enumerate(ways):
+            start = time.perf_counter()
+            way(*operands)
+            fastest[i] = min(fastest[i], time.perf_counter() - start)
+    return fastest[1] < _WORTHWHILE * fastest[0]

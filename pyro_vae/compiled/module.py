@@ -1,0 +1,168 @@
+"""Any objective of any (model, guide) as a fused loss, and an objective's terms from one graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from torch import Tensor, nn
+
+from pyro_vae.compiled.backend import resolve
+from pyro_vae.compiled.fused import Fused
+from pyro_vae.compiled.places import Territory
+from pyro_vae.compiled.program import Backend
+from pyro_vae.errors import CompileError, ConfigError
+from pyro_vae.objectives.base import Objective, Terms
+from pyro_vae.typing import Program
+
+
+def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor") -> CompiledLoss:
+    """The loss of a (model, guide) as a compiled module: `compile(objective(model, guide), x)`.
+
+    Model, guide and parameters stay what they are; only their effect handlers are gone. The result
+    is differentiable in every parameter and argument that requires a gradient (once: the gradients
+    come out of the same graph as the loss), and its parameters and `state_dict` are those of
+    `objective(model, guide)`. Every call draws afresh, and draws what the eager loss would draw.
+
+    The programs must have static structure. The tensors they use may change in place, and those
+    in modules, Pyro's store, closures and globals may be replaced as well; a tensor inside a list
+    or dictionary is the same object for ever. Checks of distributions' arguments
+    (`pyro.enable_validation`) are made at the first call only.
+
+    Args:
+        loss: `objective(model, guide)`, of this library's objectives or of Pyro's that have a
+            `differentiable_loss`.
+        example: arguments to compile for now rather than at the first call.
+        backend: `"inductor"`, another of `torch.compile`'s backends, or a function like those.
+
+    Raises:
+        ConfigError: `loss` is not such a module.
+        CompileError: at call (here, if there is an `example`), see `CompiledLoss`.
+    """
+    compiled = CompiledLoss(loss, backend)
+    if example:
+        compiled(*example)
+    return compiled
+
+
+class CompiledLoss(nn.Module):
+    """`objective(model, guide)`, compiled; see `compile`.
+
+    The first call of each kind of arguments takes seconds. It runs the eager loss as well, on the
+    same draws, and compares.
+
+    Raises:
+        CompileError: at call. The program cannot be traced, because what it does depends on the
+            value of a tensor or changes Python state; the message names line or attribute. Or
+            the compiled loss or gradients disagree with the eager ones.
+        SiteError: at call, as the objective raises it.
+    """
+
+    def __init__(self, loss: nn.Module, backend: str | Backend = "inductor") -> None:
+        if not isinstance(loss, ELBOModule):
+            raise ConfigError(f"compile takes objective(model, guide), got {type(loss).__name__}")
+        super().__init__()
+        self.model = loss.model
+        self.guide = loss.guide
+        self.elbo = loss.elbo
+        self._backend = backend
+        self._fused: Fused | None = fuse_loss(self.elbo, self.model, self.guide, backend)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, differentiable; arguments are those of model and guide."""
+        if self._fused is None:  # a copy
+            self._fused = fuse_loss(self.elbo, self.model, self.guide, self._backend)
+        outputs, _ = self._fused(*args, **kwargs)
+        return outputs[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy compiles for its own parameters
+        return {**super().__getstate__(), "_fused": None}
+
+
+def fuse_loss(
+    objective: Any, model: Program, guide: Program, backend: str | Backend = "inductor"
+) -> Fused:
+    """The differentiable loss alone, compiled; of an objective, or of a function of the pair."""
+    if isinstance(objective, ELBO) and not hasattr(objective, "differentiable_loss"):
+        raise ConfigError(
+            f"{type(objective).__name__} has no differentiable_loss, so it cannot be compiled"
+        )
+    loss = getattr(objective, "differentiable_loss", objective)
+
+    def computation(*args: Any, **kwargs: Any) -> tuple[list[Tensor], None]:
+        return [loss(model, guide, *args, **kwargs)], None
+
+    return _fuse(computation, objective, model, guide, backend)
+
+
+def terms(
+    objective: Objective,
+    model: Program,
+    guide: Program,
+    compile: bool | Literal["auto"] = "auto",
+    backend: str | Backend = "inductor",
+) -> Callable[..., Terms]:
+    """`objective.terms(model, guide, ...)` as a function of the programs' arguments, compiled.
+
+    The loss is differentiable, the other terms are numbers to report (detached).
+
+    Args:
+        compile: `True` raises what stands in the way of compiling; `"auto"` then warns once and
+            goes on eagerly; `False` is eager.
+        backend: see `compile`.
+    """
+
+    def eager(*args: Any, **kwargs: Any) -> Terms:
+        return objective.terms(model, guide, *args, **kwargs)
+
+    if compile is False:
+        return eager
+    fused = fuse_terms(objective, model, guide, backend)
+    failed = False
+
+    def compiled(*args: Any, **kwargs: Any) -> Terms:
+        nonlocal failed
+        if failed:
+            return eager(*args, **kwargs)
+        try:
+            outputs, names = fused(*args, **kwargs)
+        except CompileError as error:
+            if compile is True:
+                raise
+            failed = True
+            warnings.warn(f"running without compiling: {error}", stacklevel=2)
+            return eager(*args, **kwargs)
+        return unpack(outputs, names)
+
+    return compiled
+
+
+def fuse_terms(
+    objective: Objective, model: Program, guide: Program, backend: str | Backend = "inductor"
+) -> Fused:
+    """All terms of an objective from one compiled graph; `unpack` makes `Terms` of the result."""
+
+    def computation(*args: Any, **kwargs: Any) -> tuple[list[Tensor], Any]:
+        terms = objective.terms(model, guide, *args, **kwargs)
+        tensors = [terms.loss, terms.reconstruction, terms.kl, *terms.kl_per_dimension.values()]
+        return tensors, (tuple(terms.kl_per_dimension), dict(terms.estimators))
+
+    return _fuse(computation, objective, model, guide, backend)
+
+
+def unpack(outputs: list[Tensor], names: Any) -> Terms:
+    """The terms that a fused computation returned as a list."""
+    sites, estimators = names
+    loss, reconstruction, kl, *per_dimension = outputs
+    return Terms(loss, reconstruction, kl, dict(zip(sites, per_dimension, strict=True)), estimators)
+
+
+def _fuse(
+    computation: Any, objective: Any, model: Program, guide: Program, backend: str | Backend
+) -> Fused:
+    territory = Territory({"model": model, "guide": guide, "objective": objective})
+    return Fused(computation, territory, resolve(backend))

@@ -1,0 +1,146 @@
+"""One compiled graph and how it is made: recorded, traced, fused, held against the eager run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_vae.compiled.guard import check_agreement
+from pyro_vae.compiled.places import AnyPlace, Territory
+from pyro_vae.compiled.record import Recording, Run, gradients_of, preserved, record
+from pyro_vae.compiled.trace import trace
+
+# turns a graph and its inputs into something that computes the same, faster
+Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The graph's input that is the program's n-th tensor argument."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one call computed: outputs, and the first one's gradient for each `wanted` tensor."""
+
+    outputs: list[Tensor]
+    wanted: list[Tensor]
+    gradients: list[Tensor]
+    static: Any
+
+
+class Program:
+    """A compiled graph with the places of its inputs.
+
+    Attributes:
+        static: what the program returned besides tensors.
+        seconds: how long tracing and compiling took.
+    """
+
+    def __init__(self, run: Run, arguments: list[Tensor], territory: Territory, backend: Backend):
+        start = time.perf_counter()
+        recording = record(run, arguments, territory)
+        inputs = [*arguments, *(t for t, _ in recording.captured)]
+        sources = [*map(Argument, range(len(arguments))), *(p for _, p in recording.captured)]
+        differentiated = [i for i, g in enumerate(recording.gradients) if g is not None]
+        wanted = [recording.wanted[i] for i in differentiated]
+        self.static: Any = None
+
+        def joint() -> list[Tensor]:
+            outputs, self.static = run()
+            gradients = gradients_of(outputs[0], wanted)
+            return _owned([*(o.detach() for o in outputs), *gradients], like=wanted, inputs=inputs)
+
+        with preserved(territory, inputs):
+            graph = trace(joint, inputs)
+        used = _prune(graph)
+        self._sources: list[Argument | AnyPlace] = [sources[i] for i in used]
+        self._signatures = [signature(inputs[i]) for i in used]
+        self._frozen = recording.frozen
+        positions = {id(inputs[i]): n for n, i in enumerate(used)}
+        self._wanted = [positions[id(t)] for t in wanted]
+        self._num_outputs = len(recording.outputs)
+        traced = time.perf_counter()
+        with torch.no_grad():
+            self._call = backend(graph, [inputs[i] for i in used])
+        self._check(recording, [inputs[i] for i in used], territory)
+        self.seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
+
+    def inputs(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
+        """The graph's inputs as they are now, or None if it was made for others."""
+        for place, value in self._frozen:
+            if (now := place.get()) is not value and now != value:
+                return None
+        values = [
+            arguments[source.index] if isinstance(source, Argument) else source.get()
+            for source in self._sources
+        ]
+        for value, expected in zip(values, self._signatures, strict=True):
+            if not isinstance(value, Tensor) or signature(value) != expected:
+                return None
+        return values
+
+    def __call__(self, inputs: list[Tensor]) -> Results:
+        """Run the graph on what `inputs` returned."""
+        with torch.no_grad():
+            values = self._call(*inputs)
+        return Results(
+            list(values[: self._num_outputs]),
+            [inputs[i] for i in self._wanted],
+            list(values[self._num_outputs :]),
+            self.static,
+        )
+
+    def _check(self, eager: Recording, inputs: list[Tensor], territory: Territory) -> None:
+        """Hold the graph against the recorded run: the same draws, so the same numbers."""
+        with preserved(territory, inputs) as buffers:
+            results = self(inputs)
+            changed = buffers.changed()
+        gradients = [g for g in eager.gradients if g is not None]
+        check_agreement("outputs", results.outputs, eager.outputs)
+        check_agreement("gradients", results.gradients, gradients)
+        check_agreement("buffers", [v for _, v in changed], [v for _, v in eager.buffers])
+
+
+def signature(tensor: Tensor) -> tuple[Any, ...]:
+    """What a graph assumes of an input."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _owned(
+    values: Sequence[Tensor | None], like: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The values as tensors of their own: none shares memory with another or with an input, and
+    each gradient is laid out as its parameter."""
+    taken = {t.untyped_storage()._cdata for t in inputs}
+    strides = [None] * (len(values) - len(like)) + [t.stride() for t in like]
+    owned = []
+    for value, stride in zip(values, strides, strict=True):
+        assert value is not None
+        storage = value.untyped_storage()._cdata
+        if storage in taken or (stride is not None and value.stride() != stride):
+            copy = torch.empty_strided(
+                value.shape, stride or value.stride(), dtype=value.dtype, device=value.device
+            )
+            value = copy.copy_(value)
+        taken.add(storage)
+        owned.append(value)
+    return owned
+
+
+def _prune(graph: fx.GraphModule) -> list[int]:
+    """Drop the inputs that nothing uses; returns the numbers of those that stay."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    used = [i for i, node in enumerate(placeholders) if node.users]
+    for node in placeholders:
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return used

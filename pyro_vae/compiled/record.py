@@ -1,0 +1,207 @@
+"""One eager run of a program, recorded: what it uses, what it changes, what it returns."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_vae.compiled import places
+from pyro_vae.compiled.places import AnyPlace, Held, Territory
+from pyro_vae.compiled.trace import Recorder
+from pyro_vae.errors import CompileError
+
+# a program as it is traced: tensors to report, the loss first, and whatever stays as it is
+Run = Callable[[], tuple[Sequence[Tensor], Any]]
+_ATTEMPTS = 3
+_REGISTERED = ("_parameters", "_buffers", "_params")
+
+
+@dataclass
+class Recording:
+    """What one eager run did.
+
+    Attributes:
+        captured: the tensors it used besides its arguments, and where each is found.
+        outputs: what it returned; `gradients` of the first for each of `wanted`, None if unused.
+        buffers: the module buffers that it changed, and the values that it gave them.
+    """
+
+    captured: list[tuple[Tensor, AnyPlace]]
+    outputs: list[Tensor]
+    wanted: list[Tensor]
+    gradients: list[Tensor | None]
+    buffers: list[tuple[Tensor, Tensor]]
+    frozen: list[tuple[AnyPlace, Any]] = field(default_factory=list)
+
+
+def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recording:
+    """Run eagerly until nothing new turns up (parameters made on first use, say), and record it.
+
+    Generators and buffers are left as they were. Where Pyro's validation is on, the first run is
+    validated; what is recorded is a run without, as the compiled program will be.
+
+    Raises:
+        CompileError: each run changes the program: an attribute, a tensor that is no module's
+            buffer, or the state of Python's or numpy's generator.
+    """
+    validated = [True] if is_validation_enabled() else []
+    for validation in [*validated, *[False] * _ATTEMPTS]:
+        before = _inventory(territory)
+        with (
+            pyro.validation_enabled(validation),
+            preserved(territory, arguments) as buffers,
+            _found_modules(territory, buffers),
+        ):
+            recording = _run(run, arguments, territory, buffers)
+        after = _inventory(territory)
+        if before == after and not validation:
+            recording.frozen = places.constants(territory.places())
+            return recording
+    changed = sorted({label for label, _ in (before - after) + (after - before)})
+    raise CompileError(
+        f"{', '.join(changed[:5])} changes at every run of the program, and would stand still in a "
+        "compiled one: make it a buffer that is changed in place, or an argument"
+    )
+
+
+class Buffers:
+    """The values of the modules' buffers, to be put back."""
+
+    def __init__(self, territory: Territory) -> None:
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        for module in territory.modules:
+            self.save(module)
+
+    def save(self, module: nn.Module) -> None:
+        """Remember this module's own buffers, unless they are known."""
+        for buffer in module.buffers(recurse=False):
+            if id(buffer) not in self._saved:
+                self._saved[id(buffer)] = (buffer, buffer.detach().clone())
+
+    def changed(self) -> list[tuple[Tensor, Tensor]]:
+        """The buffers whose values differ from what was saved, with their values now."""
+        return [
+            (buffer, buffer.detach().clone())
+            for buffer, saved in self._saved.values()
+            if not torch.equal(buffer, saved)
+        ]
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._saved
+
+    def restore(self) -> None:
+        """Put the values back."""
+        with torch.no_grad():
+            for buffer, saved in self._saved.values():
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+@contextmanager
+def preserved(territory: Territory, tensors: Sequence[Tensor]) -> Iterator[Buffers]:
+    """Put torch's generators and the modules' buffers back afterwards."""
+    buffers = Buffers(territory)
+    used = [*tensors, *places.tensors_at(territory.places())]
+    devices = sorted({t.device.index or 0 for t in used if t.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            yield buffers
+        finally:
+            buffers.restore()
+
+
+@contextmanager
+def _found_modules(territory: Territory, buffers: Buffers) -> Iterator[None]:
+    """Add modules that the search did not find (they hide in a list, say) as they are called.
+
+    Those that a run makes for itself and lets go are nobody's: their attributes follow from others.
+    """
+    found: list[weakref.ref[nn.Module]] = []
+
+    def called(module: nn.Module, _: Any) -> None:
+        if module not in territory.modules:
+            found.append(weakref.ref(module))
+            for part in module.modules():
+                buffers.save(part)
+
+    handle = register_module_forward_pre_hook(called)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if any(reference() is not None for reference in found):
+        gc.collect()
+    for reference in found:
+        module = reference()
+        if module is not None:
+            territory.visit(module, type(module).__name__)
+
+
+def _run(
+    run: Run, arguments: Sequence[Tensor], territory: Territory, buffers: Buffers
+) -> Recording:
+    known = places.tensors(territory.places())
+    python_state, numpy_state = random.getstate(), _numpy_state()
+    with Recorder() as recorder:
+        outputs = list(run()[0])
+    if random.getstate() != python_state or _numpy_state() != numpy_state:
+        raise CompileError(
+            "the program draws from Python's or numpy's generator, and its draws would be frozen: "
+            "draw with torch or with pyro.sample"
+        )
+    own = {id(t): Held(t, "an argument") for t in arguments}
+    captured = []
+    for key, tensor in recorder.inputs.items():
+        place = own.get(key) or known.get(key) or Held(tensor, f"a tensor {tuple(tensor.shape)}")
+        changed = recorder.changed(tensor) and tensor not in buffers
+        if changed or place.get() is not tensor:
+            raise CompileError(
+                f"the program changes {place.label} while it runs: only modules' buffers may "
+                "change, in place (register_buffer, and copy_ or add_)"
+            )
+        if key not in own:
+            captured.append((tensor, place))
+    wanted = [t for t in (*arguments, *(t for t, _ in captured)) if t.requires_grad]
+    gradients = gradients_of(outputs[0], wanted)
+    return Recording(captured, [o.detach() for o in outputs], wanted, gradients, buffers.changed())
+
+
+def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """d loss / d each, None for those that it does not depend on or where gradients are off."""
+    if not (torch.is_grad_enabled() and loss.requires_grad and wanted):
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def _inventory(territory: Territory) -> Counter[tuple[str, Any]]:
+    """What the program could see of its surroundings: constants, parameters and buffers.
+
+    Other attributes may be replaced: many modules leave their last results in one (`_run` asks
+    whether they are read again).
+    """
+    entries: Counter[tuple[str, Any]] = Counter()
+    for place in territory.places():
+        value = place.get()
+        if isinstance(value, places.CONSTANTS):
+            entries[place.label, repr(value)] += 1
+        elif isinstance(value, Tensor) and getattr(place, "table", None) in _REGISTERED:
+            entries[place.label, id(value)] += 1
+    return entries
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return name, keys.tobytes(), *rest  # type: ignore[union-attr]

@@ -1,0 +1,192 @@
+"""From a Pyro program to a graph of ATen operations, gradients included.
+
+A run is recorded first, to learn which tensors the program uses and what it changes. Then
+`make_fx` runs it once more with these very tensors as the graph's inputs: the effect handlers, the
+parameter store and autograd do their work in Python for the last time, and what is left is the
+arithmetic. Because the gradients are taken inside the run, everything autograd knows (detached
+values, no_grad blocks, hooks, a nested `torch.autograd.grad`) is in the graph as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_vae.errors import CompileError, PyroVAEError
+
+REMEDY = (
+    "Compute with tensors instead (torch.where for a choice, a mask for a subset), pass a Python "
+    "number as an argument, or run this program without compiling it"
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the tensors that a program uses but did not make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
+        self._made = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.lift_fresh.default:  # a literal: torch.tensor(2.0)
+            self._made[args[0]] = True
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, Tensor) and value not in self._made:
+                self.inputs.setdefault(id(value), value)
+                self._versions.setdefault(id(value), value._version)
+        if torch.Tag.dynamic_output_shape in func.tags and not _is_plain_indexing(func, args):
+            raise CompileError(
+                f"{_where_now()} cannot be compiled: the shape of its result depends on the values "
+                f"of a tensor. {REMEDY}."
+            )
+        out = func(*args, **kwargs)
+        for value in tree_iter(out):
+            # an in-place operation returns the tensor it was given
+            if isinstance(value, Tensor) and id(value) not in self.inputs:
+                self._made[value] = True
+        return out
+
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether this input was changed in place."""
+        return tensor._version != self._versions[id(tensor)]
+
+
+def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The operations by which `function` computes its results from `inputs`, as a graph.
+
+    Args:
+        function: uses the tensors in `inputs`, those objects themselves, and no others.
+
+    Raises:
+        CompileError: the function asks for the value of a tensor (an `if`, `.item()`, `.numpy()`),
+            or uses a tensor that is neither an input nor made by an operation. It names the line.
+        PyroVAEError: as the program itself raises them.
+    """
+
+    def program(*_: Tensor) -> tuple[Tensor, ...]:
+        with _Interpreted():
+            return tuple(function())
+
+    with tracing_errors(), pyro.validation_enabled(False):
+        graph = make_fx(program)(*inputs)
+    _check_constants(graph)
+    return graph
+
+
+@contextmanager
+def tracing_errors() -> Iterator[None]:
+    """Turn whatever tracing trips over into a `CompileError` that names the line."""
+    try:
+        yield
+    except PyroVAEError:
+        raise
+    except Exception as error:
+        raise CompileError(
+            f"{_where(error)} cannot be compiled: {_why(error)}. {REMEDY}."
+        ) from error
+
+
+class _Interpreted(TorchFunctionMode):
+    """Watches the calls by which values leave a tensor, which a graph cannot follow.
+
+    Pyro's own losses take numbers out of tensors only to report them: those calls get the detached
+    tensor instead. Its warnings about NaN and the validation of distributions are left out.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.item, Tensor.__bool__, Tensor.register_hook):
+            answer = _ANSWERS.get((func, *_caller()))
+            if answer is not None:
+                return answer(args[0])
+        if func in _ESCAPES:
+            name = getattr(func, "__name__", str(func))
+            raise CompileError(
+                f"{_where_now()} cannot be compiled: {name}() takes a tensor's values out of "
+                f"torch. {REMEDY}."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
+
+
+def _is_plain_indexing(func: Any, args: Any) -> bool:
+    """Whether this is `x[indices]` by numbers, whose shape is known, not by a mask."""
+    return func is torch.ops.aten.index.Tensor and not any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
+
+
+# by function, and by module and name of who calls it
+_ANSWERS: dict[tuple[Any, str, str], Callable[[Tensor], Any]] = {
+    (Tensor.item, "pyro.infer.util", "torch_item"): Tensor.detach,
+    (Tensor.register_hook, "pyro.util", "warn_if_nan"): lambda _: None,
+    (Tensor.__bool__, "pyro.util", "warn_if_nan"): lambda _: False,
+    # distributions made with validate_args=True
+    (Tensor.__bool__, "torch.distributions.distribution", "__init__"): lambda _: True,
+    (Tensor.__bool__, "torch.distributions.distribution", "_validate_sample"): lambda _: True,
+}
+
+
+def _caller() -> tuple[str, str]:
+    """Module and name of the function that made the call."""
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_globals.get("__name__") in ("torch.overrides", "torch._tensor"):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__", ""), frame.f_code.co_name
+
+
+def _check_constants(graph: fx.GraphModule) -> None:
+    """Refuse tensors that would be frozen into the graph, other than literals: `tensor(2.0)`."""
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        for user in node.users:
+            if user.target is not torch.ops.aten.lift_fresh_copy.default:
+                value = getattr(graph, str(node.target))
+                raise CompileError(
+                    f"a tensor of shape {tuple(value.shape)} comes from nowhere that could be "
+                    "found, so that its value would be frozen: pass it as an argument, or make it "
+                    "a buffer"
+                )
+
+
+def _why(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    if "get value out of a tracing tensor" in text:
+        return "it asks for the value of a tensor, which is known only when the program runs"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _where(error: Exception) -> str:
+    return _describe(traceback.extract_tb(error.__traceback__))
+
+
+def _where_now() -> str:
+    return _describe(traceback.extract_stack())
+
+
+def _describe(stack: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line that the user wrote; Pyro's or this library's, where there is none."""
+    for libraries in (("torch", "pyro", "pyro_vae"), ("torch", "pyro_vae/compiled")):
+        for frame in reversed(stack):
+            foreign = any(f"/{library}/" in frame.filename for library in libraries)
+            if frame.line and not foreign and frame.filename != contextlib.__file__:
+                return f'"{frame.line}" ({frame.filename}, line {frame.lineno}, in {frame.name})'
+    return "the program"

@@ -1,0 +1,515 @@
+"""The compiled objective against the eager one: the same draws give the same numbers."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.compiled import terms
+from pyro_vae.compiled.trace import trace
+from pyro_vae.errors import CompileError, ConfigError, PyroVAEError
+
+OBJECTIVES: dict[str, Callable[[], Any]] = {
+    "ELBO": lambda: pv.ELBO("auto"),
+    "ELBO analytic": lambda: pv.ELBO("analytic", kl_weight=0.3),
+    "ELBO Monte Carlo": lambda: pv.ELBO("monte_carlo"),
+    "ELBO stl": lambda: pv.ELBO("monte_carlo", gradient="stl"),
+    "ELBO free bits": lambda: pv.ELBO("analytic", free_bits=0.1),
+    "ELBO 3 particles": lambda: pv.ELBO("auto", num_particles=3),
+    "IWAE": lambda: pv.IWAE(3),
+    "IWAE stl": lambda: pv.IWAE(3, "stl"),
+    "IWAE dreg": lambda: pv.IWAE(3, "dreg"),
+    "MIWAE": lambda: pv.MIWAE(2, 2),
+    "Pyro Trace_ELBO": Trace_ELBO,
+    "Pyro TraceMeanField_ELBO": TraceMeanField_ELBO,
+}
+
+# DReG evaluates the flow's inverse, whose loop indexes by the elements of a tensor
+NOT_TRACEABLE = {("IWAE dreg", "Pyro's flow"): r"log_scale\[\.\.\., idx\]"}
+
+
+class Eager(nn.Module):
+    """`objective(model, guide)` for programs that need not be modules."""
+
+    def __init__(self, objective: Any, model: Any, guide: Any) -> None:
+        super().__init__()
+        self.objective, self.model, self.guide = objective, model, guide
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.objective.differentiable_loss(self.model, self.guide, *args)
+
+
+def parameters(*modules: Any) -> list[Tensor]:
+    """Every parameter of the modules and of Pyro's store, once."""
+    found = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+    found += [p for _, p in pyro.get_param_store().named_parameters()]
+    return list({id(p): p for p in found}.values())
+
+
+def loss_and_grads(
+    loss: Callable[..., Tensor], args: Any, params: list[Tensor], seed: int
+) -> list[Tensor | None]:
+    pyro.set_rng_seed(seed)
+    for p in params:
+        p.grad = None
+    value = loss(*args)
+    value.backward()
+    return [value.detach(), *(None if p.grad is None else p.grad.clone() for p in params)]
+
+
+def assert_same(got: list[Tensor | None], wanted: list[Tensor | None], rtol: float) -> None:
+    assert len(got) == len(wanted)
+    for g, w in zip(got, wanted, strict=True):
+        assert (g is None) == (w is None)
+        if w is not None:
+            assert (g - w).norm() <= rtol * w.norm() + 1e-14
+
+
+@pytest.mark.parametrize(
+    ("objective_name", "model_name"),
+    [
+        *((objective, model) for objective in OBJECTIVES for model in MODELS),
+        *((objective, parts) for objective in ("ELBO", "IWAE dreg") for parts in PARTS),
+    ],
+)
+def test_loss_and_gradients_are_the_eager_ones(objective_name: str, model_name: str) -> None:
+    model, guide, args = (MODELS | PARTS)[model_name]()
+    objective = OBJECTIVES[objective_name]()
+    eager = Eager(objective, model, guide)
+    compiled = pv.compile(objective(model, guide), backend="eager")
+    try:
+        eager(*args)
+    except PyroVAEError as error:
+        with pytest.raises(type(error)):
+            compiled(*args)
+        return
+    except UserWarning:
+        pytest.skip("Pyro's objective is not for this model")
+    if (objective_name, model_name) in NOT_TRACEABLE:
+        with pytest.raises(CompileError, match=NOT_TRACEABLE[objective_name, model_name]):
+            compiled(*args)
+        return
+    compiled(*args)
+    params = parameters(model, guide)
+    for seed in (1, 2):
+        expected = loss_and_grads(eager, args, params, seed)
+        assert_same(loss_and_grads(compiled, args, params, seed), expected, 1e-10)
+        with torch.no_grad():  # as an optimizer would: in place
+            for p in params:
+                p -= 0.05 * (torch.zeros_like(p) if p.grad is None else p.grad.clamp(-1, 1))
+
+
+def pair(**parts: Any) -> tuple[nn.Module, Tensor]:
+    """A VAE's loss, and data."""
+    model, guide, (x,) = vae(**parts)
+    return pv.ELBO()(model, guide), x
+
+
+def programs(compiled: Any) -> int:
+    return sum(map(len, compiled._fused._programs.values()))
+
+
+def agree(loss: nn.Module, compiled: nn.Module, *args: Any) -> None:
+    params = parameters(loss)
+    expected = loss_and_grads(loss, args, params, 5)
+    assert_same(loss_and_grads(compiled, args, params, 5), expected, 1e-10)
+
+
+class TestWhatInvalidatesAGraph:
+    @pytest.fixture
+    def loss(self) -> nn.Module:
+        return pair(
+            likelihood=pv.likelihoods.Bernoulli(nn.Sequential(nn.Dropout(0.4), nn.Linear(2, 6)))
+        )[0]
+
+    @pytest.fixture
+    def compiled(self, loss: nn.Module) -> Any:
+        return pv.compile(loss, binary(), backend="eager")
+
+    def test_the_same_kind_of_arguments_does_not(self, compiled: Any) -> None:
+        compiled(binary())
+        assert programs(compiled) == 1
+
+    def test_a_ragged_batch_does_once(self, loss: nn.Module, compiled: Any) -> None:
+        for rows in (3, 5, 3):
+            agree(loss, compiled, binary(rows))
+        assert programs(compiled) == 2
+
+    def test_a_layout_does(self, loss: nn.Module, compiled: Any) -> None:
+        agree(loss, compiled, torch.zeros(6, 5).T)
+        assert programs(compiled) == 2
+
+    def test_train_and_evaluation_mode_do(self, loss: nn.Module, compiled: Any) -> None:
+        for module in (compiled.eval(), compiled.train(), compiled.eval()):
+            agree(loss, module, binary())
+        assert programs(compiled) == 2
+
+    def test_a_submodules_attribute_does(self, loss: Any, compiled: Any) -> None:
+        loss.model.likelihood.network[0].p = 0.9
+        agree(loss, compiled, binary())
+        assert programs(compiled) == 2
+
+    def test_a_change_of_precision_does(self, loss: nn.Module, compiled: Any) -> None:
+        x = binary()
+        compiled.float()
+        pyro.clear_param_store()
+        loss(x.float())
+        assert compiled(x.float()).dtype == torch.float32
+        pyro.clear_param_store()
+        compiled.double()
+        agree(loss, compiled, x)
+
+    def test_no_grad_does(self, compiled: Any) -> None:
+        with torch.no_grad():
+            assert not compiled(binary()).requires_grad
+        assert compiled(binary()).requires_grad
+        assert programs(compiled) == 2
+
+    def test_the_kl_weight_does_not(self, loss: Any, compiled: Any) -> None:
+        for weight in (0.0, 0.5, 2.0):
+            loss.elbo.kl_weight = weight
+            agree(loss, compiled, binary())
+        assert programs(compiled) == 1
+
+    def test_new_values_of_parameters_do_not(self, loss: Any, compiled: Any) -> None:
+        other = copy.deepcopy(loss.state_dict())
+        loss.load_state_dict({key: value + 0.1 for key, value in other.items()})
+        agree(loss, compiled, binary())
+        assert programs(compiled) == 1
+
+    def test_another_parameter_in_the_same_place_does_not(self, loss: Any, compiled: Any) -> None:
+        loss.model.likelihood.network[1].weight = nn.Parameter(torch.randn(6, 2))
+        pyro.clear_param_store()
+        agree(loss, compiled, binary())
+        assert programs(compiled) == 1
+
+    def test_a_frozen_parameter_does(self, loss: Any, compiled: Any) -> None:
+        loss.model.requires_grad_(False).eval()
+        agree(loss, compiled, binary())
+        assert all(p.grad is None for p in loss.model.parameters())
+
+    def test_a_python_argument_does(self) -> None:
+        model, guide, _ = MODELS["AutoNormal"]()
+
+        def scaled(x: Tensor, y: Tensor, factor: float = 1.0) -> None:
+            model(x, y * factor)
+
+        def guided(x: Tensor, y: Tensor, factor: float = 1.0) -> None:
+            guide(x, y)
+
+        x, y = torch.randn(8, 3), torch.randn(8)
+        loss = pv.ELBO("auto")(scaled, guided)
+        compiled = pv.compile(loss, backend="eager")
+        for factor in (1.0, 2.0, 1.0):
+            pyro.set_rng_seed(0)
+            expected = loss(x, y, factor=factor)
+            pyro.set_rng_seed(0)
+            torch.testing.assert_close(compiled(x, y, factor=factor), expected)
+        assert programs(compiled) == 2
+
+    def test_a_closure_does_where_it_must(self) -> None:
+        weight, offset = torch.tensor(1.0, requires_grad=True), 0.0
+
+        def model(x: Tensor) -> None:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(weight + offset, 1.0), obs=x)
+
+        def guide(x: Tensor) -> None:
+            pyro.sample("z", dist.Normal(weight, 1.0))
+
+        loss = pv.ELBO()(model, guide)
+        compiled = pv.compile(loss, torch.tensor(0.3), backend="eager")
+        for weight, offset in (
+            (torch.tensor(2.0, requires_grad=True), 0.0),
+            (torch.tensor(2.0, requires_grad=True), 3.0),
+        ):
+            got = compiled(torch.tensor(0.3))
+            pyro.set_rng_seed(0)
+            torch.testing.assert_close(got, loss(torch.tensor(0.3)))
+            (slope,) = torch.autograd.grad(got, [weight])
+            assert slope == pytest.approx(2 * weight.item() + offset - 0.3)
+        assert programs(compiled) == 2
+
+
+class TestBuffersAndDraws:
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_batch_norm_advances_as_eagerly(self, backend: str) -> None:
+        model, guide, (x,) = batch_norm()
+        loss = pv.ELBO()(model, guide)
+        twin = copy.deepcopy(loss)
+        compiled = pv.compile(loss, backend=backend)
+        for seed in range(3):
+            assert_same(
+                loss_and_grads(compiled, (x,), list(loss.parameters()), seed),
+                loss_and_grads(twin, (x,), list(twin.parameters()), seed),
+                1e-10,
+            )
+        for (name, mine), (_, its) in zip(loss.named_buffers(), twin.named_buffers(), strict=True):
+            torch.testing.assert_close(mine, its, msg=name)
+        assert dict(loss.named_buffers())["guide.posterior.network.0.1.num_batches_tracked"] == 3
+
+    def test_compiling_draws_nothing(self) -> None:
+        model, guide, (x,) = dropout()
+        state = torch.get_rng_state()
+        compiled = pv.compile(pv.ELBO()(model, guide), backend="eager")
+        first = compiled(x)
+        torch.set_rng_state(state)
+        assert compiled(x) == first
+
+    def test_draws_differ_from_call_to_call(self) -> None:
+        loss, x = pair()
+        compiled = pv.compile(loss, backend="eager")
+        assert compiled(x) != compiled(x)
+
+
+class TestTheModule:
+    def test_its_state_dict_is_that_of_the_loss(self) -> None:
+        loss, x = pair()
+        compiled = pv.compile(loss, x, backend="eager")
+        assert compiled.state_dict().keys() == loss.state_dict().keys()
+
+    def test_a_copy_has_parameters_of_its_own(self) -> None:
+        loss, x = pair()
+        compiled = pv.compile(loss, x, backend="eager")
+        twin = copy.deepcopy(compiled)
+        for p in twin.parameters():
+            p.data.zero_()
+        pyro.set_rng_seed(0)
+        theirs = twin(x)
+        theirs.backward()
+        assert all(p.grad is None for p in compiled.parameters())
+        pyro.set_rng_seed(0)
+        assert compiled(x) != theirs
+
+    def test_gradients_of_the_arguments(self) -> None:
+        model, guide, (x, y) = MODELS["AutoNormal"]()
+        loss = pv.ELBO("auto")(model, guide)
+        x.requires_grad_()
+        compiled = pv.compile(loss, x, y, backend="eager")
+        slopes = []
+        for f in (loss, compiled):
+            pyro.set_rng_seed(0)
+            slopes += torch.autograd.grad(3.0 * f(x, y), [x])
+        torch.testing.assert_close(*slopes)
+
+    def test_gradients_add_up_over_calls(self) -> None:
+        loss, x = pair()
+        compiled = pv.compile(loss, x, backend="eager")
+        params = parameters(loss)
+        one = loss_and_grads(compiled, (x,), params, 0)[1:]
+        two = loss_and_grads(compiled, (x,), params, 1)[1:]
+
+        def both(x: Tensor) -> Tensor:
+            pyro.set_rng_seed(0)
+            first = compiled(x)
+            pyro.set_rng_seed(1)
+            return first + 2.0 * compiled(x)
+
+        total = loss_and_grads(both, (x,), params, 0)[1:]
+        assert_same(total, [a + 2.0 * b for a, b in zip(one, two, strict=True)], 1e-12)  # type: ignore[operator]
+
+    def test_it_cannot_be_differentiated_twice(self) -> None:
+        loss, x = pair()
+        compiled = pv.compile(loss, x, backend="eager")
+        (slope, *_) = torch.autograd.grad(compiled(x), parameters(loss)[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            slope.sum().backward()
+
+    def test_it_takes_an_objective_of_a_pair(self) -> None:
+        with pytest.raises(ConfigError, match="objective\\(model, guide\\), got Linear"):
+            pv.compile(nn.Linear(2, 2))
+
+    def test_it_takes_tensors_and_plain_values(self) -> None:
+        loss, x = pair()
+        with pytest.raises(ConfigError, match="got ndarray"):
+            pv.compile(loss, x.numpy(), backend="eager")
+
+
+def program(body: Callable[[Tensor], Any]) -> nn.Module:
+    """A loss whose model does `body`."""
+
+    def model(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("body", torch.as_tensor(body(x)).sum())
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0))
+
+    return pv.ELBO()(model, guide)
+
+
+class TestWhatCannotBeCompiled:
+    @pytest.mark.parametrize(
+        ("body", "line"),
+        [
+            (lambda x: x if x.sum() > 0 else x.exp(), r"x if x\.sum\(\) > 0"),
+            (lambda x: x * x.max().item(), r"x\.max\(\)\.item\(\)"),
+            (lambda x: x * float(x[0]), r"float\(x\[0\]\)"),
+            (lambda x: x.numpy().sum(), r"x\.numpy\(\)"),
+            (lambda x: x.tolist(), r"x\.tolist\(\)"),
+            (lambda x: x[x > 0], "x > 0"),
+        ],
+    )
+    def test_asking_for_a_value_names_the_line(self, body: Any, line: str) -> None:
+        with pytest.raises(CompileError, match=line):
+            pv.compile(program(body), torch.ones(3), backend="eager")
+
+    def test_a_tensor_of_unknown_origin_would_be_frozen(self) -> None:
+        x, stray = torch.ones(3), torch.ones(3)
+        with pytest.raises(CompileError, match="would be frozen"):
+            trace(lambda: [x * stray], [x])
+
+    def test_random_numbers_of_numpy_would_be_frozen(self) -> None:
+        with pytest.raises(CompileError, match="numpy's generator"):
+            pv.compile(
+                program(lambda x: x * np.random.rand()),  # noqa: NPY002
+                torch.ones(3),
+                backend="eager",
+            )
+
+    def test_an_attribute_that_counts_the_calls(self) -> None:
+        class Counter(nn.Module):
+            calls = 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.calls += 1
+                return x / self.calls
+
+        with pytest.raises(CompileError, match=r"calls changes at every run"):
+            pv.compile(program(Counter()), torch.ones(3), backend="eager")
+
+    def test_an_attribute_that_remembers_a_tensor(self) -> None:
+        class Memory(nn.Module):
+            last = torch.zeros(3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.last = 0.9 * self.last + x
+                return self.last
+
+        with pytest.raises(CompileError, match=r"last while it runs|a tensor \(3,\) while"):
+            pv.compile(program(Memory()), torch.ones(3), backend="eager")
+
+    def test_an_argument_changed_in_place(self) -> None:
+        with pytest.raises(CompileError, match="an argument while it runs"):
+            pv.compile(program(lambda x: x.add_(1)), torch.ones(3), backend="eager")
+
+    def test_modules_made_on_the_way_are_no_obstacle(self) -> None:
+        compiled = pv.compile(program(lambda x: nn.Softplus()(x)), torch.ones(3), backend="eager")
+        assert programs(compiled) == 1
+
+    def test_a_module_hidden_in_a_list_has_a_mode(self) -> None:
+        hidden = [nn.Dropout(0.5)]
+        compiled = pv.compile(program(lambda x: hidden[0](x)), torch.ones(99), backend="eager")
+        hidden[0].eval()
+        compiled(torch.ones(99))
+        assert programs(compiled) == 2
+
+    def test_enumeration_names_the_site(self) -> None:
+        model, _, (x,) = vae()
+
+        def guide(x: Tensor) -> None:
+            pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+
+        with pytest.raises(PyroVAEError, match=r'"k"|"z"'):
+            pv.compile(pv.ELBO("monte_carlo")(model, guide), x, backend="eager")
+
+    def test_handlers_around_the_call(self) -> None:
+        loss, x = pair()
+        with (
+            pyro.poutine.scale(scale=2.0),
+            pytest.raises(CompileError, match=r"ScaleMessenger.*inside the model"),
+        ):
+            pv.compile(loss, x, backend="eager")
+
+    def test_score_functions_are_pyros(self) -> None:
+        """A Pyro objective that treats a site without rsample is traced with its surrogate."""
+
+        def model(x: Tensor) -> None:
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+        def guide(x: Tensor) -> None:
+            p = pyro.param("p", torch.tensor(0.3), constraint=dist.constraints.unit_interval)
+            pyro.sample("k", dist.Bernoulli(p))
+
+        eager = Eager(Trace_ELBO(), model, guide)
+        args = (torch.tensor(0.7),)
+        eager(*args)
+        compiled = pv.compile(Trace_ELBO()(model, guide), *args, backend="eager")
+        for seed in range(4):
+            expected = loss_and_grads(eager, args, parameters(), seed)
+            assert_same(loss_and_grads(compiled, args, parameters(), seed), expected, 1e-10)
+
+    def test_a_pyro_objective_without_a_differentiable_loss(self) -> None:
+        loss, _ = pair()
+        with pytest.raises(ConfigError, match="TraceGraph_ELBO has no differentiable_loss"):
+            pv.compile(TraceGraph_ELBO()(loss.model, loss.guide))
+
+
+class TestTheGuard:
+    @pytest.mark.parametrize("wrong", [0, 1, -1])
+    def test_a_backend_that_computes_something_else_is_caught(self, wrong: int) -> None:
+        def mutant(graph: Any, inputs: Any) -> Any:
+            def run(*args: Tensor) -> list[Tensor]:
+                values = list(graph(*args))
+                values[wrong] = values[wrong] * (1 + 1e-6)
+                return values
+
+            return run
+
+        loss, x = pair()
+        with pytest.raises(CompileError, match="differ on the same draws"):
+            pv.compile(loss, x, backend=mutant)
+
+    def test_a_backend_that_loses_a_buffers_change_is_caught(self) -> None:
+        def mutant(graph: Any, inputs: Any) -> Any:
+            return lambda *args: graph(*(a.clone() for a in args))
+
+        model, guide, (x,) = batch_norm()
+        with pytest.raises(CompileError, match=r"returns 0 buffers, the eager one 3"):
+            pv.compile(pv.ELBO()(model, guide), x, backend=mutant)
+
+
+class TestTerms:
+    def test_they_are_the_eager_ones(self) -> None:
+        model, guide, (x,) = vae()
+        objective = pv.ELBO(kl_weight=0.5)
+        compiled = terms(objective, model, guide, compile=True, backend="eager")
+        compiled(x)
+        pyro.set_rng_seed(0)
+        got = compiled(x)
+        pyro.set_rng_seed(0)
+        expected = objective.terms(model, guide, x)
+        for name in ("loss", "reconstruction", "kl"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name))
+        torch.testing.assert_close(got.kl_per_dimension["z"], expected.kl_per_dimension["z"])
+        assert got.estimators == expected.estimators == {"z": "analytic"}
+        got.loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_auto_falls_back_with_one_warning(self) -> None:
+        loss = program(lambda x: x * x.max().item())
+        run = terms(loss.elbo, loss.model, loss.guide, compile="auto", backend="eager")
+        with pytest.warns(UserWarning, match=r"running without compiling: .*item"):
+            first = run(torch.ones(3))
+        assert first.loss.isfinite()
+        assert run(torch.ones(3)).loss.isfinite()
+
+    def test_compile_true_does_not(self) -> None:
+        loss = program(lambda x: x * x.max().item())
+        run = terms(loss.elbo, loss.model, loss.guide, compile=True, backend="eager")
+        with pytest.raises(CompileError):
+            run(torch.ones(3))
+
+    def test_compile_false_is_eager(self) -> None:
+        loss = program(lambda x: x * x.max().item())
+        assert terms(loss.elbo, loss.model, loss.guide, compile=False)(torch.ones(3)).kl.isfinite()

@@ -1,0 +1,79 @@
+"""Products through oneDNN: the same numbers, in a step's layouts, and only where faster."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_vae.compiled import matmul
+
+pytestmark = pytest.mark.skipif(not matmul.available(), reason="this PyTorch has no oneDNN")
+
+PRODUCT = torch.ops.pyro_vae.product.default
+
+
+def step(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """A linear layer, forward and backward: a step's three layouts."""
+    out = torch.addmm(bias, x, weight.t())
+    return [out, out @ weight, out.t() @ x]
+
+
+def graph_of(function: Any, *args: Tensor) -> fx.GraphModule:
+    graph = make_fx(function, tracing_mode="fake")(*args)
+    for node in graph.graph.nodes:
+        assert node.op != "call_function" or "val" in node.meta
+    return graph
+
+
+def layer(rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(s, dtype=dtype) for s in ((rows, 120), (90, 120), (90,))]
+
+
+def num_products(graph: fx.GraphModule) -> int:
+    matmul.FasterProducts()(graph.graph)
+    graph.recompile()
+    return sum(node.target is PRODUCT for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_the_faster_way_computes_the_same(always: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf") if always else 0.0)
+    args = layer(128)
+    graph = graph_of(step, *args)
+    assert num_products(graph) == (3 if always else 0)
+    for got, expected, exact in zip(
+        graph(*args), step(*args), step(*(a.double() for a in args)), strict=True
+    ):
+        error, its_error = ((v.double() - exact).norm() for v in (got, expected))
+        assert error <= 2 * its_error + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [(layer(4), "small"), (layer(128, torch.float64), "not fp32")],
+    ids=["small", "double"],
+)
+def test_other_products_stay(args: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf"))
+    assert num_products(graph_of(step, *args)) == 0, why
+
+
+def test_a_refused_layout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf"))
+    monkeypatch.setattr(matmul, "_onednn", refuse)
+    assert num_products(graph_of(step, *layer(128))) == 0
+
+
+def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf"))
+    monkeypatch.setattr(matmul, "_onednn", lambda a, b, bias: matmul._aten(a, b.flip(0), bias))
+    assert num_products(graph_of(step, *layer(128))) == 0
+
+
+def test_its_choices_are_part_of_torchs_cache_key() -> None:
+    assert matmul.FasterProducts().uuid() == matmul.FasterProducts().uuid() != b""
