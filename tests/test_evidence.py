@@ -418,6 +418,23 @@ def test_data_and_options_that_mean_nothing(pair: Linear) -> None:
         pv.log_marginal(broken.model, pair.guide, x, num_samples=5, progress=False)
 
 
+def test_data_that_the_model_cannot_make_have_minus_infinity() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(torch.zeros_like(z)), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0 * x, 1.0))
+
+    x = torch.tensor([0.0, 1.0])
+    found = pv.log_marginal(model, guide, x, num_samples=200, defensive=0)
+    np.testing.assert_allclose(found.log_px, [0.0, -math.inf], atol=1e-12)
+    assert found.flagged.tolist() == [False, True]
+    assert "log p(x)" in str(found)
+
+
 def test_saves_and_loads_without_pickle(pair: Linear, tmp_path: object) -> None:
     evidence = pv.log_marginal(pair.model, pair.guide, pair.draw(5), num_samples=20, progress=False)
     for name in ("evidence.npz", "evidence.json"):

@@ -79,9 +79,9 @@ class Evidence:
     def se_total(self) -> float:
         """Standard error of `mean` over test sets like this one: sd(log_px)/sqrt(N).
 
-        It already holds the Monte Carlo error. NaN for one datum.
+        It already holds the Monte Carlo error. NaN for one datum, or where a log p(x) is infinite.
         """
-        if len(self) == 1:
+        if len(self) == 1 or not np.isfinite(self.log_px).all():
             return math.nan
         return float(self.log_px.std(ddof=1)) / math.sqrt(len(self))
 
@@ -196,14 +196,14 @@ def _describe(e: Evidence) -> str:
     )
     about = f"{len(e):,} data, {draws}, {how}"
     over = f"{e.se_total:.3g} over test sets, " if len(e) > 1 else ""
-    exact = e.bits_per_dim
+    bits = e.bits_per_dim
     if not e.num_flagged:
         return (
             f"log p(x) = {e.mean:.3f} ± {e.se_mc:.2g} nats a datum ({about})\n"
             f"  errors: {e.se_mc:.2g} Monte Carlo, {over}bias about {e.mean_bias_est:.2g}; "
-            f"{exact:.4g} bits a value; none flagged"
+            f"{bits:.4g} bits a value; none flagged"
         )
-    if np.isnan(e.ess[e.flagged]).all():
+    if set(e.method[e.flagged].tolist()) == {"grid"}:
         return (
             f"log p(x) about {e.mean:.3f} nats a datum, {e.num_flagged:,} of {len(e):,} data "
             f"flagged ({about})\n  their integrals had not settled on the finest grid (last "
@@ -215,6 +215,6 @@ def _describe(e: Evidence) -> str:
         f"log p(x) >= {e.mean:.3f} nats a datum: a lower bound, {e.num_flagged:,} of {len(e):,} "
         f"data flagged ({about})\n"
         f"  the flagged data's weights are too uneven to estimate their own error (effective "
-        f"sample size down to {e.ess[e.flagged].min():.1f}{tail}):\n"
-        f"  their log p(x) is probably higher. {over.capitalize()}{exact:.4g} bits a value at most"
+        f"sample size down to {np.nan_to_num(e.ess[e.flagged]).min():.1f}{tail}):\n"
+        f"  their log p(x) is probably higher. {over.capitalize()}{bits:.4g} bits a value at most"
     )
