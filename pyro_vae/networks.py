@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Network(nn.Module):
         layers: from rows `(n, in_features)` to rows of `out_features` values.
 
     Raises:
+        ConfigError: a size is not a whole number of at least 1.
         ShapeError: at call, when the last dimension of the input is not `in_features`.
     """
 
@@ -69,7 +71,7 @@ class MLP(Network):
         out_features: int,
         activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
-        sizes = [in_features, *hidden]
+        sizes = check_sizes(in_features, *hidden, out_features)[:-1]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), activation()]
@@ -97,7 +99,7 @@ class GatedMLP(Network):
     """
 
     def __init__(self, in_features: int, hidden: Sequence[int], out_features: int) -> None:
-        sizes = [in_features, *hidden]
+        sizes = check_sizes(in_features, *hidden, out_features)[:-1]
         gated = [GatedDense(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes)]
         last = nn.Linear(sizes[-1], out_features)
         super().__init__(in_features, out_features, nn.Sequential(*gated, last))
@@ -116,6 +118,7 @@ class ConvEncoder(Network):
         self, image_shape: Sequence[int], channels: Sequence[int], out_features: int
     ) -> None:
         shape = _with_channels(image_shape)
+        check_sizes(*shape, *channels, out_features)
         maps = [shape[0], *channels]
         layers: list[nn.Module] = [nn.Unflatten(-1, shape)]
         for fine, coarse in pairwise(maps):
@@ -141,6 +144,7 @@ class ConvDecoder(Network):
         shape = _with_channels(image_shape)
         if not channels:
             raise ConfigError("ConvDecoder needs at least one number of channels, got none")
+        check_sizes(in_features, *channels, *shape)
         sizes = _halvings(shape[1:], len(channels))[::-1]
         maps = [*channels, shape[0]]
         layers: list[nn.Module] = [
@@ -167,6 +171,18 @@ class ConvDecoder(Network):
         assert last.bias is not None
         per_channel = bias.reshape(-1, math.prod(self.image_shape[1:])).mean(-1)
         last.bias[: len(per_channel)].copy_(per_channel)
+
+
+def check_sizes(*sizes: int) -> list[int]:
+    """The sizes as a list.
+
+    Raises:
+        ConfigError: one of them is not a whole number of at least 1.
+    """
+    for size in sizes:
+        if not isinstance(size, Integral) or size < 1:
+            raise ConfigError(f"sizes are whole numbers of at least 1, got {size!r} in {sizes}")
+    return list(sizes)
 
 
 def concatenate(x: Tensor, context: Tensor | None) -> Tensor:

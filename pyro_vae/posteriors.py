@@ -44,7 +44,18 @@ class DiagonalNormal(nn.Module):
         self.log_variance_range = log_variance_range
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
-        loc, log_variance = self.network(concatenate(x, context)).chunk(2, dim=-1)
+        """q(z|x).
+
+        Raises:
+            ShapeError: the network has an odd number of outputs.
+        """
+        outputs = self.network(concatenate(x, context))
+        if outputs.shape[-1] % 2:
+            raise ShapeError(
+                "DiagonalNormal needs a mean and a log-variance for each latent dimension, "
+                f"got {outputs.shape[-1]} network outputs"
+            )
+        loc, log_variance = outputs.chunk(2, dim=-1)
         scale = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
         return dist.Normal(loc, scale).to_event(1)
 

@@ -20,6 +20,7 @@ from torch.distributions import constraints
 from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.mixtures import NormalMixture
+from pyro_vae.networks import check_sizes
 from pyro_vae.typing import Conditional, Distribution
 
 
@@ -28,6 +29,9 @@ class StandardNormal(nn.Module):
 
     Args:
         latent: dimension of z.
+
+    Raises:
+        ConfigError: `latent` is not a whole number of at least 1.
     """
 
     loc: Tensor
@@ -35,6 +39,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent: int) -> None:
         super().__init__()
+        check_sizes(latent)
         # buffers, so that the distribution follows the module's device and precision
         self.register_buffer("loc", torch.zeros(latent), persistent=False)
         self.register_buffer("scale", torch.ones(latent), persistent=False)

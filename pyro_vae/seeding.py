@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import numpy as np
 import torch
+
+from pyro_vae.errors import ConfigError
 
 
 @contextmanager
@@ -14,12 +17,15 @@ def seeded(seed: int | None) -> Iterator[None]:
     """Run the body with torch's generators at `seed`, and put them back afterwards.
 
     With None the body draws from the generators as they are, and advances them.
+
+    Raises:
+        ConfigError: the seed is negative, or no whole number.
     """
     if seed is None:
         yield
         return
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(_check(seed))
         yield
 
 
@@ -29,6 +35,13 @@ def derive(seed: int, *keys: int) -> int:
     Different keys, each a number from 0 to 2^32 - 1, give statistically independent streams
     (numpy's `SeedSequence`).
     """
+    _check(seed)
     # as the spawn key: within the entropy, keys that differ by trailing zeros would be the same
     words = np.random.SeedSequence(seed, spawn_key=keys).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1
+
+
+def _check(seed: int) -> int:
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ConfigError(f"a seed is a whole number of at least 0, got {seed!r}")
+    return int(seed)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_vae import networks, posteriors, priors
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, GatedMLP, concatenate
+from pyro_vae.seeding import derive, seeded
 
 SIZES = [(1, 1), (2, 3), (5, 5), (7, 10), (8, 8), (9, 13), (28, 28)]
 NETWORKS = {
@@ -127,3 +129,34 @@ def test_concatenate_broadcasts_the_context():
     assert both.shape == (5, 7, 5)
     assert torch.equal(both[3, :, 2:], context)
     assert torch.equal(both[..., :2], x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: networks.MLP(0, [3], 2),
+        lambda: networks.MLP(3, [-1], 2),
+        lambda: networks.GatedMLP(3, [2], 0),
+        lambda: networks.MLP(3, [2.5], 2),
+        lambda: networks.ConvEncoder((8, 8), [0], 4),
+        lambda: networks.ConvDecoder(2, [4, -4], (8, 8)),
+        lambda: priors.StandardNormal(0),
+    ],
+)
+def test_sizes_that_make_no_network(make):
+    with pytest.raises(ConfigError, match="at least 1, got"):
+        make()
+
+
+def test_an_odd_number_of_outputs_makes_no_diagonal_normal():
+    posterior = posteriors.DiagonalNormal(networks.MLP(3, [4], 5))
+    with pytest.raises(ShapeError, match="5 network outputs"):
+        posterior(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "a"])
+def test_seeds_are_whole_numbers(seed):
+    with pytest.raises(ConfigError, match="a seed is"), seeded(seed):
+        pass
+    with pytest.raises(ConfigError, match="a seed is"):
+        derive(seed, 1)

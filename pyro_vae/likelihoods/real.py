@@ -19,8 +19,8 @@ class LikelihoodScale(nn.Module):
     """A positive parameter of a likelihood (scale, dispersion) in one of four forms.
 
     Args:
-        form: a positive number (fixed), `"learned"` (one for all), `"per_feature"` (one each), or
-            `"predicted"` (by the network, for each datum and value).
+        form: a positive number (fixed, and taken as it is), `"learned"` (one for all),
+            `"per_feature"` (one each), or `"predicted"` (by the network, for each datum and value).
         floor: of every form that is not fixed: the value is `floor + softplus(raw)`. It bounds the
             likelihood, which otherwise grows without limit as a scale falls to zero.
         features: number of values in a datum, for `"per_feature"`; by default the network's
@@ -56,11 +56,12 @@ class LikelihoodScale(nn.Module):
             self.raw = nn.Parameter(start.repeat(features))
         elif form == "predicted":
             self.start = start.item()
-        elif isinstance(form, int | float) and 0 < form < float("inf"):
+        elif isinstance(form, int | float) and form is not True and 0 < form < float("inf"):
             self.register_buffer("fixed", torch.tensor(float(form)))
         else:
             raise ConfigError(
-                f'takes a positive number, "learned", "per_feature" or "predicted", got {form!r}'
+                'a scale is a positive number, "learned", "per_feature" or "predicted", '
+                f"got {form!r}"
             )
 
     def forward(self, raw: Tensor | None = None) -> Tensor:
