@@ -39,3 +39,16 @@ def test_the_svi_script_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) ->
     torch.set_default_dtype(torch.float32)  # as users have it; the fixture puts it back
     exec(shortened, {})
     assert "log p(x)" in capsys.readouterr().out
+
+
+def test_the_example_of_contributing_passes_its_own_test() -> None:
+    likelihood, test = re.findall(
+        r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
+    )
+    names: dict = {}
+    exec(likelihood + test, names)
+    names["test_geometric_counts"]()
+    broken = likelihood.replace("-mean.clamp(min=1e-3).log()", "mean")
+    exec(broken + test, names)
+    with pytest.raises(AssertionError):
+        names["test_geometric_counts"]()
