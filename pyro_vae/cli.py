@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ from typing import Any
 import click
 
 from pyro_vae.data import Data, Split
-from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError, RunExistsError
+from pyro_vae.errors import ConfigError, PyroVAEError
 
 RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 FAILURE, INTERRUPTED = 1, 130
-EVIDENCE = "evidence.npz"
 
 
 class Sizes(click.ParamType):
@@ -224,16 +224,17 @@ def evaluate(
     """Estimate log p(x) under RUN, with its error, into RUN/evidence.npz."""
     import pyro_vae as pv
     from pyro_vae.recipes import load_run
+    from pyro_vae.training.folder import EVIDENCE, new_output
 
-    target = _new_file(run / EVIDENCE, overwrite)
-    vae, data, _ = load_run(run)
-    x = _part(data, part).x[:limit]
-    evidence = pv.log_marginal(
-        vae.model, vae.guide, x, num_samples=num_samples, method=method, seed=seed
-    )
-    evidence.save(target)
+    with new_output(run / EVIDENCE, overwrite) as file:
+        vae, data, _ = load_run(run)
+        x = _part(data, part).x[:limit]
+        evidence = pv.log_marginal(
+            vae.model, vae.guide, x, num_samples=num_samples, method=method, seed=seed
+        )
+        evidence.save(file)
     click.echo(f"{part}: {evidence}")
-    click.echo(f"Written to {target}")
+    click.echo(f"Written to {run / EVIDENCE}")
     click.echo(f"Next: pyro-vae plot {run}; pyro-vae sample {run}")
 
 
@@ -243,6 +244,7 @@ def evaluate(
 def compare(runs: tuple[Path, ...], mixed: bool) -> None:
     """Rank RUNS by log p(x), paired datum by datum; evaluate each first."""
     from pyro_vae.evidence import Evidence, compare
+    from pyro_vae.training.folder import EVIDENCE
 
     found = {}
     for run in runs:
@@ -263,15 +265,16 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
 
     from pyro_vae.recipes import load_run
     from pyro_vae.seeding import seeded
+    from pyro_vae.training.folder import SAMPLES, new_output
 
-    target = _new_file(run / "samples.npz", overwrite)
-    vae, _, _ = load_run(run)
-    vae.eval()
-    with seeded(seed):
-        likelihood = vae.generate(num)
-        x = likelihood.sample()
-    np.savez(target, mean=likelihood.mean.numpy(), x=x.numpy())
-    click.echo(f"{num} samples: E[x|z] as mean, draws of x as x, in {target}")
+    with new_output(run / SAMPLES, overwrite) as file:
+        vae, _, _ = load_run(run)
+        vae.eval()
+        with seeded(seed):
+            likelihood = vae.generate(num)
+            x = likelihood.sample()
+        np.savez(file, mean=likelihood.mean.numpy(), x=x.numpy())
+    click.echo(f"{num} samples: E[x|z] as mean, draws of x as x, in {run / SAMPLES}")
 
 
 @cli.command()
@@ -282,25 +285,26 @@ def plot(run: Path, seed: int, overwrite: bool) -> None:
     """Draw RUN's figures into RUN/figures."""
     from pyro_vae import plots
     from pyro_vae.recipes import load_run
-    from pyro_vae.training.folder import METRICS
+    from pyro_vae.training.folder import FIGURES, METRICS, PLOTS, new_output
 
-    folder = run / "figures"
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise RunExistsError(f"{folder} is not empty: --overwrite replaces its figures")
-    vae, data, recipe = load_run(run)
-    test = data.test.fixed()
-    figures: dict[str, Callable[[], Any]] = {
-        "training_curves": lambda: plots.training_curves(run / METRICS),
-        "reconstructions": lambda: plots.reconstructions(vae, test.x, data.image_shape),
-        "samples": lambda: plots.samples(vae, data.image_shape, seed=seed),
-        "latent_map": lambda: plots.latent_map(vae, test.x, test.y),
-    }
-    if recipe.latent == 2:
-        figures["manifold"] = lambda: plots.manifold(vae, data.image_shape)
-    folder.mkdir(exist_ok=True)
-    for name, draw in figures.items():
-        draw().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-        click.echo(f"{folder / name}.png")
+    paths = {name: run / FIGURES / f"{name}.png" for name in PLOTS}
+    with ExitStack() as outputs:
+        files = {n: outputs.enter_context(new_output(p, overwrite)) for n, p in paths.items()}
+        vae, data, recipe = load_run(run)
+        test = data.test.fixed()
+        figures: dict[str, Callable[[], Any]] = {
+            "training_curves": lambda: plots.training_curves(run / METRICS),
+            "reconstructions": lambda: plots.reconstructions(vae, test.x, data.image_shape),
+            "samples": lambda: plots.samples(vae, data.image_shape, seed=seed),
+            "latent_map": lambda: plots.latent_map(vae, test.x, test.y),
+            "manifold": lambda: plots.manifold(vae, data.image_shape),
+        }
+        if recipe.latent != 2:
+            del figures["manifold"]
+        for name, draw in figures.items():
+            draw().savefig(files[name], dpi=150, bbox_inches="tight")
+    for name in figures:
+        click.echo(str(paths[name]))
 
 
 def _part(data: Data, name: str) -> Split:
@@ -310,19 +314,11 @@ def _part(data: Data, name: str) -> Split:
     return split.fixed()
 
 
-def _new_file(path: Path, overwrite: bool) -> Path:
-    if path.exists() and not overwrite:
-        raise RunExistsError(f"{path} is there already: --overwrite replaces it")
-    return path
-
-
 def _options_of(run: Path, ctx: click.Context) -> dict[str, Any]:
     """The options a run was made with, but for those given on the command line now."""
-    from pyro_vae.training.folder import CONFIG
+    from pyro_vae.training.folder import read_config
 
-    if not (run / CONFIG).is_file():
-        raise CheckpointError(f"there is nothing to resume in {run}: no {CONFIG}")
-    stored = json.loads((run / CONFIG).read_text())["options"]
+    stored = read_config(run, "options")
     given = click.core.ParameterSource.COMMANDLINE
     return {k: v for k, v in stored.items() if ctx.get_parameter_source(k) is not given}
 

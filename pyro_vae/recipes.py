@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
 from pyro_vae.objectives import ELBO, IWAE, Objective
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import load_weights
-from pyro_vae.training.folder import CONFIG, MODEL
+from pyro_vae.training.folder import CHECKPOINT, MODEL, read_config
 from pyro_vae.vae import VAE
 
 MakeNetwork = Callable[[int], nn.Module]  # from the number of outputs (a feature, for a decoder)
@@ -117,13 +116,9 @@ def load_run(folder: str | Path) -> tuple[VAE, Data, Recipe]:
         CheckpointError: the folder is no such run, or its weights do not fit its recipe.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
-    try:
-        entries = json.loads((folder / CONFIG).read_text())["recipe"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / CONFIG} holds no recipe: {error}") from error
-    recipe = Recipe.from_json(entries)
+    recipe = Recipe.from_json(read_config(folder, "recipe"))
+    if (folder / CHECKPOINT).is_file() and not (folder / MODEL).is_file():
+        raise CheckpointError(f"{folder} is not finished: pyro-vae train --out {folder} --resume")
     data = load_data(recipe)
     vae = build_vae(recipe, data)
     load_weights(vae, folder / MODEL)

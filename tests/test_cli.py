@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,77 @@ def test_nothing_is_overwritten_unasked(trained: Path) -> None:
         done = run(*args, code=1)
         assert "overwrite" in done.stderr
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A run that may be changed, with nothing derived from it."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for name in ("config.json", "metrics.csv", "checkpoint.safetensors", "model.safetensors"):
+        shutil.copy(trained / name, folder)
+    return folder
+
+
+def derive(folder: Path) -> list[Path]:
+    """Stand-ins for what is made from a run's weights."""
+    (folder / "figures").mkdir()
+    paths = [folder / n for n in ("evidence.npz", "samples.npz", "figures/manifold.png")]
+    for path in paths:
+        path.write_bytes(b"old")
+    return paths
+
+
+@pytest.mark.parametrize("args", [["--overwrite", *FAST], ["--resume", "--epochs", "3"]])
+def test_training_removes_what_was_made_from_other_weights(copied: Path, args: list[str]) -> None:
+    old = derive(copied)
+    (copied / "figures" / "notes.txt").write_text("not ours")
+    run("train", "--out", copied, *args)
+    assert not any(path.exists() for path in old)
+    assert (copied / "figures" / "notes.txt").exists()
+    assert "not evaluated" in run("compare", copied, code=1).stderr
+
+
+def test_plot_removes_the_figures_that_it_does_not_draw(tmp_path: Path) -> None:
+    run("train", "--out", tmp_path / "run", *FAST, "--latent", "3", "--epochs", "1")
+    derive(tmp_path / "run")
+    assert "overwrite" in run("plot", tmp_path / "run", code=1).stderr
+    run("plot", tmp_path / "run", "--overwrite")
+    names = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+    assert names == {"training_curves.png", "reconstructions.png", "samples.png", "latent_map.png"}
+
+
+OUTPUTS = [("evaluate", "evidence.npz"), ("sample", "samples.npz"), ("plot", "figures")]
+
+
+@pytest.mark.parametrize(("command", "name"), OUTPUTS)
+def test_what_cannot_be_written_is_refused_before_computing(
+    command: str, name: str, copied: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("read-only")
+
+    with patch("pyro_vae.recipes.load_run") as load_run:
+        with patch.object(Path, "touch", refuse):
+            assert "cannot write" in run(command, copied, code=1).stderr
+        if command == "plot":
+            (copied / name).rmdir()
+            (copied / name).touch()
+        else:
+            (copied / name).mkdir()
+        done = run(command, copied, "--overwrite", code=1)
+        assert str(copied / name) in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        load_run.assert_not_called()
+
+
+@pytest.mark.parametrize(("command", "name"), OUTPUTS)
+def test_a_failure_leaves_the_old_output_whole(command: str, name: str, copied: Path) -> None:
+    old = derive(copied)
+    (copied / "model.safetensors").write_bytes(b"damaged")
+    run(command, copied, "--overwrite", code=1)
+    assert [path.read_bytes() for path in old] == [b"old"] * 3
+    assert not list(copied.rglob(".part*"))
 
 
 @pytest.mark.parametrize(
