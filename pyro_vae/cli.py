@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pyro_vae.data import Data, Split
-from pyro_vae.errors import ConfigError, PyroVAEError
+from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError
 
 RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 FAILURE, INTERRUPTED = 1, 130
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # again: whose module imports torch and Fabric
+
+# what may be given with --resume; the rest would make it another run
+RESUMABLE = {"out", "resume", "overwrite", "epochs", "device", "tensorboard"}
 
 
 class Sizes(click.ParamType):
@@ -25,12 +31,14 @@ class Sizes(click.ParamType):
     name = "sizes"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple | list):
-            return tuple(value)
+        parts = value if isinstance(value, tuple | list) else str(value).split(",")
         try:
-            return tuple(int(part) for part in value.split(",") if part)
+            sizes = tuple(int(str(part)) for part in parts)
         except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers like 200,200", param, ctx)
+            sizes = (0,)
+        if any(size < 1 for size in sizes):
+            self.fail(f"{value!r} is no list of positive whole numbers like 200,200", param, ctx)
+        return sizes
 
 
 class Scale(click.ParamType):
@@ -41,7 +49,7 @@ class Scale(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
         try:
             return float(value)
-        except ValueError:
+        except (TypeError, ValueError):
             return str(value)
 
 
@@ -68,12 +76,18 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
         entries = json.loads(value.read_text())
     except ValueError as error:
         raise click.BadParameter(f"{value} is not JSON: {error}") from error
-    entries = entries.get("options", entries)
+    if isinstance(entries, dict):
+        entries = entries.get("options", entries)
+    if not isinstance(entries, dict):
+        raise click.BadParameter(f"{value} holds no JSON object of options")
     known = {p.name for p in ctx.command.params}
     if unknown := sorted(entries.keys() - known):
         raise click.BadParameter(
             f"{value} has unknown entries {unknown}; known: {sorted(known - {None})}"
         )
+    for name, entry in entries.items():
+        if isinstance(entry, dict) or (isinstance(entry, list) and name != "hidden"):
+            raise click.BadParameter(f"{value} has {name}={entry!r}, which is no single value")
     ctx.default_map = {**(ctx.default_map or {}), **entries}
     return value
 
@@ -101,7 +115,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     help="How grey values become binary.",
 )
 @click.option("--prior", default="normal", help="p(z): normal, mixture, vamp or flow.")
-@click.option("--likelihood", default="bernoulli", help="p(x|z): bernoulli, normal, ...")
+@click.option(
+    "--likelihood",
+    default="bernoulli",
+    help="p(x|z): bernoulli, continuous_bernoulli, normal, laplace, student_t, "
+    "discretized_logistic, poisson or negative_binomial.",
+)
 @click.option("--posterior", default="diagonal", help="q(z|x): diagonal, full_rank or flow.")
 @click.option("--network", default="mlp", help="Of encoder and decoder: mlp, gated or conv.")
 @click.option(
@@ -116,7 +135,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     "--scale",
     type=Scale(),
     default="learned",
-    help="Of a normal likelihood: a number, learned, per_feature or predicted.",
+    help="Of a normal, laplace, student_t or discretized_logistic likelihood: a number, learned, "
+    "per_feature or predicted.",
 )
 @click.option("--objective", default="elbo", help="elbo or iwae.")
 @click.option(
@@ -150,8 +170,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--compile", is_flag=True, help="Fuse the step: slow to start, fast to train.")
-@click.option("--precision", default="32-true", help="32-true, 64-true, bf16-mixed or 16-mixed.")
-@click.option("--seed", type=int, default=0, help="Of weights, data and training.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="32-true")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, data and training.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own options.")
@@ -161,9 +181,11 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     from pyro_vae.recipes import Recipe, build_objective, build_vae, load_data
     from pyro_vae.schedules import Warmup
     from pyro_vae.training import fit, track_log_px
+    from pyro_vae.training.folder import CHECKPOINT
 
     if resume:
         options |= _options_of(out, ctx)
+    options["data"] = _absolute(options["data"])
     fitting = dict(options)
     names = {f.name for f in fields(Recipe)}
     entries = {name: fitting.pop(name) for name in names}
@@ -175,19 +197,24 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     warmup = fitting.pop("kl_warmup") * -(-len(data.train) // fitting["batch_size"])
     every = fitting.pop("log_px_every")
     trackers = [track_log_px(vae, _part(data, "valid")[:500], every)] if every else []
-    run = fit(
-        vae,
-        data,
-        objective=build_objective(recipe),
-        out=out,
-        overwrite=overwrite,
-        resume=resume,
-        kl_schedule=Warmup(warmup) if warmup else None,
-        trackers=trackers,
-        seed=recipe.seed,
-        config={"recipe": recipe.to_json(), "options": options},
-        **fitting,
-    )
+    try:
+        run = fit(
+            vae,
+            data,
+            objective=build_objective(recipe),
+            out=out,
+            overwrite=overwrite,
+            resume=resume,
+            kl_schedule=Warmup(warmup) if warmup else None,
+            trackers=trackers,
+            seed=recipe.seed,
+            config={"recipe": recipe.to_json(), "options": options},
+            **fitting,
+        )
+    except KeyboardInterrupt:
+        if (out / CHECKPOINT).is_file():
+            click.echo(f"That is: pyro-vae train --out {shlex.quote(str(out))} --resume")
+        raise
     last = run.metrics[-1]
     click.echo(
         f"Trained {len(run.metrics)} epochs in {last['seconds']:.1f} s: "
@@ -210,7 +237,7 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
 )
 @click.option("--part", type=click.Choice(["train", "valid", "test"]), default="test")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Only the first so many data.")
-@click.option("--seed", type=int, default=0, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws.")
 @click.option("--overwrite", is_flag=True, help="Replace an evaluation that is there.")
 def evaluate(
     run: Path,
@@ -257,7 +284,7 @@ def compare(runs: tuple[Path, ...], mixed: bool) -> None:
 @cli.command()
 @click.argument("run", type=RUN)
 @click.option("--num", type=click.IntRange(1), default=64, help="How many.")
-@click.option("--seed", type=int, default=0, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws.")
 @click.option("--overwrite", is_flag=True, help="Replace samples that are there.")
 def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
     """Draw from RUN's model: E[x|z] and x, into RUN/samples.npz."""
@@ -279,7 +306,7 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
 
 @cli.command()
 @click.argument("run", type=RUN)
-@click.option("--seed", type=int, default=0, help="Of the draws that are shown.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws that are shown.")
 @click.option("--overwrite", is_flag=True, help="Replace figures that are there.")
 def plot(run: Path, seed: int, overwrite: bool) -> None:
     """Draw RUN's figures into RUN/figures."""
@@ -314,13 +341,41 @@ def _part(data: Data, name: str) -> Split:
     return split.fixed()
 
 
+def _absolute(data: str) -> str:
+    """The name of a data set as it is; a file's path such that other folders find it too."""
+    path = Path(data)
+    return str(path.absolute()) if path.suffix and path.is_file() else data
+
+
 def _options_of(run: Path, ctx: click.Context) -> dict[str, Any]:
-    """The options a run was made with, but for those given on the command line now."""
+    """The options a run was made with, but for those that may be given anew.
+
+    Raises:
+        ConfigError: an option was given that would make it another run.
+        CheckpointError: the folder holds no run, or options that `train` does not have.
+    """
     from pyro_vae.training.folder import read_config
 
+    given = _given(ctx)
+    if "config" in given:
+        raise click.UsageError("--resume goes on with the run's own options: leave out --config")
     stored = read_config(run, "options")
-    given = click.core.ParameterSource.COMMANDLINE
-    return {k: v for k, v in stored.items() if ctx.get_parameter_source(k) is not given}
+    params = {p.name: p for p in ctx.command.params}
+    for name in params.keys() & given - RESUMABLE:
+        raise ConfigError(
+            f"{params[name].opts[0]} cannot be given with --resume, which goes on with the run's "
+            "own options"
+        )
+    try:
+        return {k: params[k].type_cast_value(ctx, v) for k, v in stored.items() if k not in given}
+    except (KeyError, click.BadParameter) as error:
+        raise CheckpointError(f"{run} has options that train does not have: {error}") from error
+
+
+def _given(ctx: click.Context) -> set[str]:
+    """Names of the options on the command line itself."""
+    names = (p.name for p in ctx.command.params if p.name)
+    return {n for n in names if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
 
 
 def main() -> None:
