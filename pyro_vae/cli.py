@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -184,7 +184,7 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     from pyro_vae.training.folder import CHECKPOINT
 
     if resume:
-        options |= _options_of(out, ctx)
+        options |= _options_of(out, ctx, options.keys())
     options["data"] = _absolute(options["data"])
     fitting = dict(options)
     names = {f.name for f in fields(Recipe)}
@@ -213,7 +213,9 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
         )
     except KeyboardInterrupt:
         if (out / CHECKPOINT).is_file():
-            click.echo(f"That is: pyro-vae train --out {shlex.quote(str(out))} --resume")
+            click.echo(
+                f"From the command line: pyro-vae train --out {shlex.quote(str(out))} --resume"
+            )
         raise
     last = run.metrics[-1]
     click.echo(
@@ -347,12 +349,12 @@ def _absolute(data: str) -> str:
     return str(path.absolute()) if path.suffix and path.is_file() else data
 
 
-def _options_of(run: Path, ctx: click.Context) -> dict[str, Any]:
+def _options_of(run: Path, ctx: click.Context, names: Collection[str]) -> dict[str, Any]:
     """The options a run was made with, but for those that may be given anew.
 
     Raises:
         ConfigError: an option was given that would make it another run.
-        CheckpointError: the folder holds no run, or options that `train` does not have.
+        CheckpointError: the folder holds no run, or not these options of one.
     """
     from pyro_vae.training.folder import read_config
 
@@ -361,15 +363,17 @@ def _options_of(run: Path, ctx: click.Context) -> dict[str, Any]:
         raise click.UsageError("--resume goes on with the run's own options: leave out --config")
     stored = read_config(run, "options")
     params = {p.name: p for p in ctx.command.params}
-    for name in params.keys() & given - RESUMABLE:
+    for name in sorted(given - RESUMABLE):
         raise ConfigError(
             f"{params[name].opts[0]} cannot be given with --resume, which goes on with the run's "
             "own options"
         )
+    if differing := sorted(stored.keys() ^ names):
+        raise CheckpointError(f"{run} was made by another version: it differs in {differing}")
     try:
         return {k: params[k].type_cast_value(ctx, v) for k, v in stored.items() if k not in given}
-    except (KeyError, click.BadParameter) as error:
-        raise CheckpointError(f"{run} has options that train does not have: {error}") from error
+    except click.BadParameter as error:
+        raise CheckpointError(f"{run} has a damaged configuration: {error}") from error
 
 
 def _given(ctx: click.Context) -> set[str]:

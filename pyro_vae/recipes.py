@@ -16,7 +16,7 @@ from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
 from pyro_vae.objectives import ELBO, IWAE, Objective
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import load_weights
-from pyro_vae.training.folder import CHECKPOINT, MODEL, read_config
+from pyro_vae.training.folder import CHECKPOINT, CONFIG, MODEL, read_config
 from pyro_vae.vae import VAE
 
 MakeNetwork = Callable[[int], nn.Module]  # from the number of outputs (a feature, for a decoder)
@@ -128,10 +128,15 @@ def load_run(folder: str | Path) -> tuple[VAE, Data, Recipe]:
     """The trained VAE of a run folder that the command line made, its data and its recipe.
 
     Raises:
-        CheckpointError: the folder is no such run, or its weights do not fit its recipe.
+        CheckpointError: the folder is no such run, or not a finished one, or its weights do not
+            fit its recipe.
+        ConfigError: an entry of its recipe means nothing.
     """
     folder = Path(folder)
-    recipe = Recipe.from_json(read_config(folder, "recipe"))
+    entries = read_config(folder, "recipe")
+    if missing := sorted({f.name for f in fields(Recipe)} - entries.keys()):
+        raise CheckpointError(f"{folder / CONFIG} has a recipe without {missing}")
+    recipe = Recipe.from_json(entries)
     if (folder / CHECKPOINT).is_file() and not (folder / MODEL).is_file():
         raise CheckpointError(f"{folder} is not finished: pyro-vae train --out {folder} --resume")
     data = load_data(recipe)

@@ -184,7 +184,7 @@ def test_what_cannot_be_written_is_refused_before_computing(
         raise PermissionError("read-only")
 
     with patch("pyro_vae.recipes.load_run") as load_run:
-        with patch.object(Path, "touch", refuse):
+        with patch.object(Path, "write_bytes", refuse):
             assert "cannot write" in run(command, copied, code=1).stderr
         if command == "plot":
             (copied / name).rmdir()
@@ -230,6 +230,111 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "args",
+    [["--binarize", "threshold"], ["--hidden", "16"], ["--seed", "0"], ["--batch-size", "64"]],
+)
+def test_resuming_takes_no_options_that_make_another_run(args: list[str], copied: Path) -> None:
+    before = {path: path.read_bytes() for path in copied.iterdir()}
+    done = run("train", "--out", copied, "--resume", *args, code=1)
+    assert done.stderr.startswith(f"Error: {args[0]} ")
+    assert {path: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_resuming_takes_no_configuration(copied: Path) -> None:
+    args = ["--out", copied, "--resume", "--config", copied / "config.json"]
+    assert "--config" in run("train", *args, code=2).stderr
+
+
+DAMAGES = [
+    '{"options": {',
+    "[]",
+    "{}",
+    '{"options": [], "recipe": 1}',
+    '{"options": {}, "recipe": {}}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGES)
+@pytest.mark.parametrize("args", [["train", "--resume", "--out"], ["evaluate"]])
+def test_a_damaged_configuration_is_one_line(text: str, args: list[str], copied: Path) -> None:
+    (copied / "config.json").write_text(text)
+    done = run(*args, copied, code=1)
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert str(copied) in done.stderr
+
+
+def test_resuming_checks_the_stored_options(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    config["options"]["batch_size"] = "many"
+    (copied / "config.json").write_text(json.dumps(config))
+    assert "many" in run("train", "--resume", "--out", copied, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "JSON"),
+        ("[1]", "object"),
+        ('{"options": 1}', "object"),
+        ('{"epochs": [1]}', "epochs"),
+        ('{"hidden": {"a": 1}}', "hidden"),
+        ('{"hidden": true}', "hidden"),
+        ('{"hidden": [8, 1.5]}', "hidden"),
+        ('{"hidden": 0}', "hidden"),
+        ('{"seed": -1}', "seed"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_wrong_usage(
+    text: str, word: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.json").write_text(text)
+    done = run("train", "--config", tmp_path / "c.json", "--out", tmp_path / "run", code=2)
+    assert word in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_may_give_one_size(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"hidden": 8, "epochs": 1}')
+    run("train", "--config", tmp_path / "c.json", "--out", tmp_path / "run", "--device", "cpu")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"]["hidden"] == [8]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["--hidden", sizes] for sizes in ("0", "-1", "8,,8", "", "8,", "1.5", "a")),
+        ["--precision", "16-mixed"],
+        ["--seed", "-1"],
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_wrong_usage(args: list[str], tmp_path: Path) -> None:
+    assert args[0] in run("train", "--out", tmp_path / "run", *args, code=2).stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "plot"])
+def test_negative_seeds_are_wrong_usage(command: str, trained: Path) -> None:
+    assert "--seed" in run(command, trained, "--seed", "-1", code=2).stderr
+
+
+def test_a_file_of_data_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(0).random((60, 9)) < 0.5
+    np.save(tmp_path / "x.npy", x.astype("float32"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", "x.npy", "--binarize", "none", *FAST, "--batch-size", "8"]
+    run("train", "--out", tmp_path / "run", *args)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run("sample", tmp_path / "run")
+    run("train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
+
+
 def test_usage_errors_exit_2(tmp_path: Path) -> None:
     assert "Usage" in run("train", code=2).stderr
     assert "no-such" in run("evaluate", tmp_path / "no-such", code=2).stderr
@@ -261,8 +366,10 @@ def test_interrupted_run_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate()
     assert process.returncode == 130
-    assert "resume" in said.lower()
+    assert f"pyro-vae train --out {halved} --resume" in said
     assert not (halved / "model.safetensors").exists()
+    unfinished = run("evaluate", halved, code=1).stderr
+    assert f"not finished: pyro-vae train --out {halved} --resume" in unfinished
     for finishing in (uninterrupted, start("--out", halved, "--resume")):
         finishing.communicate()
         assert finishing.returncode == 0

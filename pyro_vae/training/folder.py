@@ -125,7 +125,7 @@ def new_output(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         _check_replaceable(path, overwrite)
         path.parent.mkdir(exist_ok=True)
-        part.touch()
+        part.write_bytes(b"")  # nor is anything left of one that was killed
     except FileExistsError as error:
         if isinstance(error, RunExistsError):
             raise
