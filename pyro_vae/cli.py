@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,21 @@ class Sizes(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         parts = value if isinstance(value, tuple | list) else str(value).split(",")
-        try:
-            sizes = tuple(int(str(part)) for part in parts)
-        except ValueError:
-            sizes = (0,)
-        if any(size < 1 for size in sizes):
+        words = [str(part).strip() for part in parts]
+        sizes = tuple(int(word) if word.isdecimal() else 0 for word in words)
+        if not all(sizes):
             self.fail(f"{value!r} is no list of positive whole numbers like 200,200", param, ctx)
         return sizes
+
+
+class DataSet(click.ParamType):
+    """The name of a data set; or a file's path, made one that is found from other folders too."""
+
+    name = "data"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        path = Path(str(value))
+        return str(path.absolute()) if path.suffix and path.is_file() else str(value)
 
 
 class Scale(click.ParamType):
@@ -103,7 +111,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     help="JSON file of options (a run's config.json will do); options given here win.",
 )
 @click.option(
-    "--data", default="digits", help="Data set by name, or a .npz, .npy, .csv, .mat file."
+    "--data",
+    type=DataSet(),
+    default="digits",
+    help="Data set by name, or a .npz, .npy, .csv, .mat file.",
 )
 @click.option(
     "--split", default=None, help="Published protocol of splits; default: the data set's."
@@ -181,11 +192,9 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     from pyro_vae.recipes import Recipe, build_objective, build_vae, load_data
     from pyro_vae.schedules import Warmup
     from pyro_vae.training import fit, track_log_px
-    from pyro_vae.training.folder import CHECKPOINT
 
     if resume:
         options |= _options_of(out, ctx, options.keys())
-    options["data"] = _absolute(options["data"])
     fitting = dict(options)
     names = {f.name for f in fields(Recipe)}
     entries = {name: fitting.pop(name) for name in names}
@@ -197,7 +206,7 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     warmup = fitting.pop("kl_warmup") * -(-len(data.train) // fitting["batch_size"])
     every = fitting.pop("log_px_every")
     trackers = [track_log_px(vae, _part(data, "valid")[:500], every)] if every else []
-    try:
+    with _telling_how_to_resume(out):
         run = fit(
             vae,
             data,
@@ -211,12 +220,6 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
             config={"recipe": recipe.to_json(), "options": options},
             **fitting,
         )
-    except KeyboardInterrupt:
-        if (out / CHECKPOINT).is_file():
-            click.echo(
-                f"From the command line: pyro-vae train --out {shlex.quote(str(out))} --resume"
-            )
-        raise
     last = run.metrics[-1]
     click.echo(
         f"Trained {len(run.metrics)} epochs in {last['seconds']:.1f} s: "
@@ -343,10 +346,17 @@ def _part(data: Data, name: str) -> Split:
     return split.fixed()
 
 
-def _absolute(data: str) -> str:
-    """The name of a data set as it is; a file's path such that other folders find it too."""
-    path = Path(data)
-    return str(path.absolute()) if path.suffix and path.is_file() else data
+@contextmanager
+def _telling_how_to_resume(out: Path) -> Iterator[None]:
+    from pyro_vae.training.folder import CHECKPOINT
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / CHECKPOINT).is_file():
+            command = f"pyro-vae train --out {shlex.quote(str(out))} --resume"
+            click.echo(f"From the command line: {command}")
+        raise
 
 
 def _options_of(run: Path, ctx: click.Context, names: Collection[str]) -> dict[str, Any]:
@@ -363,10 +373,10 @@ def _options_of(run: Path, ctx: click.Context, names: Collection[str]) -> dict[s
         raise click.UsageError("--resume goes on with the run's own options: leave out --config")
     stored = read_config(run, "options")
     params = {p.name: p for p in ctx.command.params}
-    for name in sorted(given - RESUMABLE):
+    if others := sorted(params[name].opts[0] for name in given - RESUMABLE):
         raise ConfigError(
-            f"{params[name].opts[0]} cannot be given with --resume, which goes on with the run's "
-            "own options"
+            f"{', '.join(others)} cannot be given with --resume, which goes on with the run's own "
+            "options"
         )
     if differing := sorted(stored.keys() ^ names):
         raise CheckpointError(f"{run} was made by another version: it differs in {differing}")

@@ -77,7 +77,7 @@ class Recipe:
         hints = get_type_hints(cls)
         for name, value in entries.items():
             if not _is_a(value, hints[name]):
-                kind = next(f.type for f in fields(cls) if f.name == name)
+                kind = cls.__annotations__[name]
                 raise ConfigError(f"{name}={value!r} in a recipe should be of type {kind}")
         hidden = tuple(entries.get("hidden", cls.hidden))
         if any(size < 1 for size in hidden):

@@ -267,9 +267,10 @@ def test_a_damaged_configuration_is_one_line(text: str, args: list[str], copied:
 
 def test_resuming_checks_the_stored_options(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    config["options"]["batch_size"] = "many"
-    (copied / "config.json").write_text(json.dumps(config))
-    assert "many" in run("train", "--resume", "--out", copied, code=1).stderr
+    for name, value in (("batch_size", "many"), ("data", None)):
+        damaged = {**config, "options": {**config["options"], name: value}}
+        (copied / "config.json").write_text(json.dumps(damaged))
+        assert str(value) in run("train", "--resume", "--out", copied, code=1).stderr
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,15 @@ def read_config(folder: Path, entry: str) -> dict[str, Any]:
         CheckpointError: the configuration is missing or damaged, or has no such entry.
     """
     path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is unreadable or damaged: {error}") from error
+        raise CheckpointError(f"{path} is missing or damaged: {error!r}") from error
     found = config.get(entry) if isinstance(config, dict) else None
     if not isinstance(found, dict):
-        raise CheckpointError(f'{path} has no "{entry}": it is damaged, or of another kind of run')
+        raise CheckpointError(
+            f'{path} is missing or damaged, or not of this kind of run: it has no "{entry}"'
+        )
     return found
 
 
