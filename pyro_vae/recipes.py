@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -138,7 +139,8 @@ def load_run(folder: str | Path) -> tuple[VAE, Data, Recipe]:
         raise CheckpointError(f"{folder / CONFIG} has a recipe without {missing}")
     recipe = Recipe.from_json(entries)
     if (folder / CHECKPOINT).is_file() and not (folder / MODEL).is_file():
-        raise CheckpointError(f"{folder} is not finished: pyro-vae train --out {folder} --resume")
+        command = f"pyro-vae train --out {shlex.quote(str(folder))} --resume"
+        raise CheckpointError(f"{folder} is not finished: {command}")
     data = load_data(recipe)
     vae = build_vae(recipe, data)
     load_weights(vae, folder / MODEL)
