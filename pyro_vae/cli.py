@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pyro_vae.data import Data, Split
-from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError, RunExistsError
+from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError
 
 RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 FAILURE, INTERRUPTED = 1, 130
-EVIDENCE = "evidence.npz"
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # again: whose module imports torch and Fabric
+
+# what may be given with --resume; the rest would make it another run
+RESUMABLE = {"out", "resume", "overwrite", "epochs", "device", "tensorboard"}
 
 
 class Sizes(click.ParamType):
@@ -25,12 +31,22 @@ class Sizes(click.ParamType):
     name = "sizes"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple | list):
-            return tuple(value)
-        try:
-            return tuple(int(part) for part in value.split(",") if part)
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers like 200,200", param, ctx)
+        parts = value if isinstance(value, tuple | list) else str(value).split(",")
+        words = [str(part).strip() for part in parts]
+        sizes = tuple(int(word) if word.isdecimal() else 0 for word in words)
+        if not all(sizes):
+            self.fail(f"{value!r} is no list of positive whole numbers like 200,200", param, ctx)
+        return sizes
+
+
+class DataSet(click.ParamType):
+    """The name of a data set; or a file's path, made one that is found from other folders too."""
+
+    name = "data"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        path = Path(str(value))
+        return str(path.absolute()) if path.suffix and path.is_file() else str(value)
 
 
 class Scale(click.ParamType):
@@ -41,7 +57,7 @@ class Scale(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
         try:
             return float(value)
-        except ValueError:
+        except (TypeError, ValueError):
             return str(value)
 
 
@@ -68,12 +84,18 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
         entries = json.loads(value.read_text())
     except ValueError as error:
         raise click.BadParameter(f"{value} is not JSON: {error}") from error
-    entries = entries.get("options", entries)
+    if isinstance(entries, dict):
+        entries = entries.get("options", entries)
+    if not isinstance(entries, dict):
+        raise click.BadParameter(f"{value} holds no JSON object of options")
     known = {p.name for p in ctx.command.params}
     if unknown := sorted(entries.keys() - known):
         raise click.BadParameter(
             f"{value} has unknown entries {unknown}; known: {sorted(known - {None})}"
         )
+    for name, entry in entries.items():
+        if isinstance(entry, dict) or (isinstance(entry, list) and name != "hidden"):
+            raise click.BadParameter(f"{value} has {name}={entry!r}, which is no single value")
     ctx.default_map = {**(ctx.default_map or {}), **entries}
     return value
 
@@ -89,7 +111,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     help="JSON file of options (a run's config.json will do); options given here win.",
 )
 @click.option(
-    "--data", default="digits", help="Data set by name, or a .npz, .npy, .csv, .mat file."
+    "--data",
+    type=DataSet(),
+    default="digits",
+    help="Data set by name, or a .npz, .npy, .csv, .mat file.",
 )
 @click.option(
     "--split", default=None, help="Published protocol of splits; default: the data set's."
@@ -101,7 +126,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     help="How grey values become binary.",
 )
 @click.option("--prior", default="normal", help="p(z): normal, mixture, vamp or flow.")
-@click.option("--likelihood", default="bernoulli", help="p(x|z): bernoulli, normal, ...")
+@click.option(
+    "--likelihood",
+    default="bernoulli",
+    help="p(x|z): bernoulli, continuous_bernoulli, normal, laplace, student_t, "
+    "discretized_logistic, poisson or negative_binomial.",
+)
 @click.option("--posterior", default="diagonal", help="q(z|x): diagonal, full_rank or flow.")
 @click.option("--network", default="mlp", help="Of encoder and decoder: mlp, gated or conv.")
 @click.option(
@@ -116,7 +146,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     "--scale",
     type=Scale(),
     default="learned",
-    help="Of a normal likelihood: a number, learned, per_feature or predicted.",
+    help="Of a normal, laplace, student_t or discretized_logistic likelihood: a number, learned, "
+    "per_feature or predicted.",
 )
 @click.option("--objective", default="elbo", help="elbo or iwae.")
 @click.option(
@@ -150,8 +181,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--compile", is_flag=True, help="Fuse the step: slow to start, fast to train.")
-@click.option("--precision", default="32-true", help="32-true, 64-true, bf16-mixed or 16-mixed.")
-@click.option("--seed", type=int, default=0, help="Of weights, data and training.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="32-true")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, data and training.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own options.")
@@ -163,7 +194,7 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     from pyro_vae.training import fit, track_log_px
 
     if resume:
-        options |= _options_of(out, ctx)
+        options |= _options_of(out, ctx, options.keys())
     fitting = dict(options)
     names = {f.name for f in fields(Recipe)}
     entries = {name: fitting.pop(name) for name in names}
@@ -175,19 +206,20 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     warmup = fitting.pop("kl_warmup") * -(-len(data.train) // fitting["batch_size"])
     every = fitting.pop("log_px_every")
     trackers = [track_log_px(vae, _part(data, "valid")[:500], every)] if every else []
-    run = fit(
-        vae,
-        data,
-        objective=build_objective(recipe),
-        out=out,
-        overwrite=overwrite,
-        resume=resume,
-        kl_schedule=Warmup(warmup) if warmup else None,
-        trackers=trackers,
-        seed=recipe.seed,
-        config={"recipe": recipe.to_json(), "options": options},
-        **fitting,
-    )
+    with _telling_how_to_resume(out):
+        run = fit(
+            vae,
+            data,
+            objective=build_objective(recipe),
+            out=out,
+            overwrite=overwrite,
+            resume=resume,
+            kl_schedule=Warmup(warmup) if warmup else None,
+            trackers=trackers,
+            seed=recipe.seed,
+            config={"recipe": recipe.to_json(), "options": options},
+            **fitting,
+        )
     last = run.metrics[-1]
     click.echo(
         f"Trained {len(run.metrics)} epochs in {last['seconds']:.1f} s: "
@@ -210,7 +242,7 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
 )
 @click.option("--part", type=click.Choice(["train", "valid", "test"]), default="test")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Only the first so many data.")
-@click.option("--seed", type=int, default=0, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws.")
 @click.option("--overwrite", is_flag=True, help="Replace an evaluation that is there.")
 def evaluate(
     run: Path,
@@ -224,16 +256,17 @@ def evaluate(
     """Estimate log p(x) under RUN, with its error, into RUN/evidence.npz."""
     import pyro_vae as pv
     from pyro_vae.recipes import load_run
+    from pyro_vae.training.folder import EVIDENCE, new_output
 
-    target = _new_file(run / EVIDENCE, overwrite)
-    vae, data, _ = load_run(run)
-    x = _part(data, part).x[:limit]
-    evidence = pv.log_marginal(
-        vae.model, vae.guide, x, num_samples=num_samples, method=method, seed=seed
-    )
-    evidence.save(target)
+    with new_output(run / EVIDENCE, overwrite) as file:
+        vae, data, _ = load_run(run)
+        x = _part(data, part).x[:limit]
+        evidence = pv.log_marginal(
+            vae.model, vae.guide, x, num_samples=num_samples, method=method, seed=seed
+        )
+        evidence.save(file)
     click.echo(f"{part}: {evidence}")
-    click.echo(f"Written to {target}")
+    click.echo(f"Written to {run / EVIDENCE}")
     click.echo(f"Next: pyro-vae plot {run}; pyro-vae sample {run}")
 
 
@@ -243,6 +276,7 @@ def evaluate(
 def compare(runs: tuple[Path, ...], mixed: bool) -> None:
     """Rank RUNS by log p(x), paired datum by datum; evaluate each first."""
     from pyro_vae.evidence import Evidence, compare
+    from pyro_vae.training.folder import EVIDENCE
 
     found = {}
     for run in runs:
@@ -255,7 +289,7 @@ def compare(runs: tuple[Path, ...], mixed: bool) -> None:
 @cli.command()
 @click.argument("run", type=RUN)
 @click.option("--num", type=click.IntRange(1), default=64, help="How many.")
-@click.option("--seed", type=int, default=0, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws.")
 @click.option("--overwrite", is_flag=True, help="Replace samples that are there.")
 def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
     """Draw from RUN's model: E[x|z] and x, into RUN/samples.npz."""
@@ -263,44 +297,46 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
 
     from pyro_vae.recipes import load_run
     from pyro_vae.seeding import seeded
+    from pyro_vae.training.folder import SAMPLES, new_output
 
-    target = _new_file(run / "samples.npz", overwrite)
-    vae, _, _ = load_run(run)
-    vae.eval()
-    with seeded(seed):
-        likelihood = vae.generate(num)
-        x = likelihood.sample()
-    np.savez(target, mean=likelihood.mean.numpy(), x=x.numpy())
-    click.echo(f"{num} samples: E[x|z] as mean, draws of x as x, in {target}")
+    with new_output(run / SAMPLES, overwrite) as file:
+        vae, _, _ = load_run(run)
+        vae.eval()
+        with seeded(seed):
+            likelihood = vae.generate(num)
+            x = likelihood.sample()
+        np.savez(file, mean=likelihood.mean.numpy(), x=x.numpy())
+    click.echo(f"{num} samples: E[x|z] as mean, draws of x as x, in {run / SAMPLES}")
 
 
 @cli.command()
 @click.argument("run", type=RUN)
-@click.option("--seed", type=int, default=0, help="Of the draws that are shown.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws that are shown.")
 @click.option("--overwrite", is_flag=True, help="Replace figures that are there.")
 def plot(run: Path, seed: int, overwrite: bool) -> None:
     """Draw RUN's figures into RUN/figures."""
     from pyro_vae import plots
     from pyro_vae.recipes import load_run
-    from pyro_vae.training.folder import METRICS
+    from pyro_vae.training.folder import FIGURES, METRICS, PLOTS, new_output
 
-    folder = run / "figures"
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise RunExistsError(f"{folder} is not empty: --overwrite replaces its figures")
-    vae, data, recipe = load_run(run)
-    test = data.test.fixed()
-    figures: dict[str, Callable[[], Any]] = {
-        "training_curves": lambda: plots.training_curves(run / METRICS),
-        "reconstructions": lambda: plots.reconstructions(vae, test.x, data.image_shape),
-        "samples": lambda: plots.samples(vae, data.image_shape, seed=seed),
-        "latent_map": lambda: plots.latent_map(vae, test.x, test.y),
-    }
-    if recipe.latent == 2:
-        figures["manifold"] = lambda: plots.manifold(vae, data.image_shape)
-    folder.mkdir(exist_ok=True)
-    for name, draw in figures.items():
-        draw().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-        click.echo(f"{folder / name}.png")
+    paths = {name: run / FIGURES / f"{name}.png" for name in PLOTS}
+    with ExitStack() as outputs:
+        files = {n: outputs.enter_context(new_output(p, overwrite)) for n, p in paths.items()}
+        vae, data, recipe = load_run(run)
+        test = data.test.fixed()
+        figures: dict[str, Callable[[], Any]] = {
+            "training_curves": lambda: plots.training_curves(run / METRICS),
+            "reconstructions": lambda: plots.reconstructions(vae, test.x, data.image_shape),
+            "samples": lambda: plots.samples(vae, data.image_shape, seed=seed),
+            "latent_map": lambda: plots.latent_map(vae, test.x, test.y),
+            "manifold": lambda: plots.manifold(vae, data.image_shape),
+        }
+        if recipe.latent != 2:
+            del figures["manifold"]
+        for name, draw in figures.items():
+            draw().savefig(files[name], dpi=150, bbox_inches="tight")
+    for name in figures:
+        click.echo(str(paths[name]))
 
 
 def _part(data: Data, name: str) -> Split:
@@ -310,21 +346,50 @@ def _part(data: Data, name: str) -> Split:
     return split.fixed()
 
 
-def _new_file(path: Path, overwrite: bool) -> Path:
-    if path.exists() and not overwrite:
-        raise RunExistsError(f"{path} is there already: --overwrite replaces it")
-    return path
+@contextmanager
+def _telling_how_to_resume(out: Path) -> Iterator[None]:
+    from pyro_vae.training.folder import CHECKPOINT
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / CHECKPOINT).is_file():
+            command = f"pyro-vae train --out {shlex.quote(str(out))} --resume"
+            click.echo(f"From the command line: {command}")
+        raise
 
 
-def _options_of(run: Path, ctx: click.Context) -> dict[str, Any]:
-    """The options a run was made with, but for those given on the command line now."""
-    from pyro_vae.training.folder import CONFIG
+def _options_of(run: Path, ctx: click.Context, names: Collection[str]) -> dict[str, Any]:
+    """The options a run was made with, but for those that may be given anew.
 
-    if not (run / CONFIG).is_file():
-        raise CheckpointError(f"there is nothing to resume in {run}: no {CONFIG}")
-    stored = json.loads((run / CONFIG).read_text())["options"]
-    given = click.core.ParameterSource.COMMANDLINE
-    return {k: v for k, v in stored.items() if ctx.get_parameter_source(k) is not given}
+    Raises:
+        ConfigError: an option was given that would make it another run.
+        CheckpointError: the folder holds no run, or not these options of one.
+    """
+    from pyro_vae.training.folder import read_config
+
+    given = _given(ctx)
+    if "config" in given:
+        raise click.UsageError("--resume goes on with the run's own options: leave out --config")
+    stored = read_config(run, "options")
+    params = {p.name: p for p in ctx.command.params}
+    if others := sorted(params[name].opts[0] for name in given - RESUMABLE):
+        raise ConfigError(
+            f"{', '.join(others)} cannot be given with --resume, which goes on with the run's own "
+            "options"
+        )
+    if differing := sorted(stored.keys() ^ names):
+        raise CheckpointError(f"{run} was made by another version: it differs in {differing}")
+    try:
+        return {k: params[k].type_cast_value(ctx, v) for k, v in stored.items() if k not in given}
+    except click.BadParameter as error:
+        raise CheckpointError(f"{run} has a damaged configuration: {error}") from error
+
+
+def _given(ctx: click.Context) -> set[str]:
+    """Names of the options on the command line itself."""
+    names = (p.name for p in ctx.command.params if p.name)
+    return {n for n in names if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
 
 
 def main() -> None:

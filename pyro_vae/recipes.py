@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
 from pyro_vae.objectives import ELBO, IWAE, Objective
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import load_weights
-from pyro_vae.training.folder import CONFIG, MODEL
+from pyro_vae.training.folder import CHECKPOINT, CONFIG, MODEL, read_config
 from pyro_vae.vae import VAE
 
 MakeNetwork = Callable[[int], nn.Module]  # from the number of outputs (a feature, for a decoder)
@@ -70,17 +70,32 @@ class Recipe:
         """A recipe from JSON entries.
 
         Raises:
-            ConfigError: an entry is not a field of a recipe.
+            ConfigError: an entry is not a field of a recipe, or not of its type.
         """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(entries.keys() - known):
             raise ConfigError(f"unknown entries {unknown}; a recipe has {sorted(known)}")
+        hints = get_type_hints(cls)
+        for name, value in entries.items():
+            if not _is_a(value, hints[name]):
+                kind = cls.__annotations__[name]
+                raise ConfigError(f"{name}={value!r} in a recipe should be of type {kind}")
         hidden = tuple(entries.get("hidden", cls.hidden))
+        if any(size < 1 for size in hidden):
+            raise ConfigError(f"hidden={list(hidden)} in a recipe: sizes are at least 1")
         return cls(**{**entries, "hidden": hidden})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON entries."""
         return {**asdict(self), "hidden": list(self.hidden)}
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type; a whole number is a float, True is no number."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is_a(v, int) for v in value)
+    accepted = hint | int if float in (hint, *get_args(hint)) else hint
+    return isinstance(value, accepted) and not isinstance(value, bool)
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -114,36 +129,35 @@ def load_run(folder: str | Path) -> tuple[VAE, Data, Recipe]:
     """The trained VAE of a run folder that the command line made, its data and its recipe.
 
     Raises:
-        CheckpointError: the folder is no such run, or its weights do not fit its recipe.
+        CheckpointError: the folder is no such run, or not a finished one, or its weights do not
+            fit its recipe.
+        ConfigError: an entry of its recipe means nothing.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
-    try:
-        entries = json.loads((folder / CONFIG).read_text())["recipe"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / CONFIG} holds no recipe: {error}") from error
+    entries = read_config(folder, "recipe")
+    if missing := sorted({f.name for f in fields(Recipe)} - entries.keys()):
+        raise CheckpointError(f"{folder / CONFIG} has a recipe without {missing}")
     recipe = Recipe.from_json(entries)
+    if (folder / CHECKPOINT).is_file() and not (folder / MODEL).is_file():
+        command = f"pyro-vae train --out {shlex.quote(str(folder))} --resume"
+        raise CheckpointError(f"{folder} is not finished: {command}")
     data = load_data(recipe)
     vae = build_vae(recipe, data)
     load_weights(vae, folder / MODEL)
     return vae, data, recipe
 
 
-def _mlp(recipe: Recipe, data: Data) -> NetworkPair:
-    there, back = list(recipe.hidden), list(reversed(recipe.hidden))
-    return NetworkPair(
-        lambda outputs: networks.MLP(data.features, there, outputs),
-        lambda outputs: networks.MLP(recipe.latent, back, outputs * data.features),
-    )
+def _dense(
+    kind: type[networks.MLP | networks.GatedMLP],
+) -> Callable[[Recipe, Data], NetworkPair]:
+    def build(recipe: Recipe, data: Data) -> NetworkPair:
+        there, back = list(recipe.hidden), list(reversed(recipe.hidden))
+        return NetworkPair(
+            lambda outputs: kind(data.features, there, outputs),
+            lambda outputs: kind(recipe.latent, back, outputs * data.features),
+        )
 
-
-def _gated(recipe: Recipe, data: Data) -> NetworkPair:
-    there, back = list(recipe.hidden), list(reversed(recipe.hidden))
-    return NetworkPair(
-        lambda outputs: networks.GatedMLP(data.features, there, outputs),
-        lambda outputs: networks.GatedMLP(recipe.latent, back, outputs * data.features),
-    )
+    return build
 
 
 def _conv(recipe: Recipe, data: Data) -> NetworkPair:
@@ -158,6 +172,16 @@ def _conv(recipe: Recipe, data: Data) -> NetworkPair:
             recipe.latent, back, (outputs * in_channels, height, width)
         ),
     )
+
+
+def _standard_normal(recipe: Recipe, data: Data, posterior: nn.Module) -> nn.Module:
+    _refuse(recipe, 'prior="normal"', "components")
+    return priors.StandardNormal(recipe.latent)
+
+
+def _flow_prior(recipe: Recipe, data: Data, posterior: nn.Module) -> nn.Module:
+    _refuse(recipe, 'prior="flow"', "components")
+    return priors.Flow.spline(recipe.latent)
 
 
 def _mixture(recipe: Recipe, data: Data, posterior: nn.Module) -> nn.Module:
@@ -178,7 +202,11 @@ def _located(kind: Any) -> Callable[[Recipe, MakeNetwork], nn.Module]:
 
 
 def _plain(kind: type[likelihoods.Likelihood]) -> Callable[[Recipe, MakeNetwork], nn.Module]:
-    return lambda recipe, decoder: kind(decoder(kind.outputs_per_feature))
+    def build(recipe: Recipe, decoder: MakeNetwork) -> nn.Module:
+        _refuse(recipe, f'likelihood="{recipe.likelihood}"', "scale")
+        return kind(decoder(kind.outputs_per_feature))
+
+    return build
 
 
 def _full_rank(recipe: Recipe, encoder: MakeNetwork) -> nn.Module:
@@ -207,21 +235,20 @@ def _elbo(recipe: Recipe) -> Objective:
 
 
 def _iwae(recipe: Recipe) -> Objective:
-    if recipe.kl_weight != 1 or recipe.free_bits != 0:
-        raise ConfigError("the iwae objective has no KL weight and no free bits")
+    _refuse(recipe, 'objective="iwae"', "kl", "kl_weight", "free_bits")
     return IWAE(recipe.num_particles, recipe.gradient)  # type: ignore[arg-type]
 
 
 NETWORKS: dict[str, Callable[[Recipe, Data], NetworkPair]] = {
-    "mlp": _mlp,
-    "gated": _gated,
+    "mlp": _dense(networks.MLP),
+    "gated": _dense(networks.GatedMLP),
     "conv": _conv,
 }
 PRIORS: dict[str, Callable[[Recipe, Data, nn.Module], nn.Module]] = {
-    "normal": lambda recipe, *_: priors.StandardNormal(recipe.latent),
+    "normal": _standard_normal,
     "mixture": _mixture,
     "vamp": _vamp,
-    "flow": lambda recipe, *_: priors.Flow.spline(recipe.latent),
+    "flow": _flow_prior,
 }
 LIKELIHOODS: dict[str, Callable[[Recipe, MakeNetwork], nn.Module]] = {
     "bernoulli": _plain(likelihoods.Bernoulli),
@@ -239,6 +266,14 @@ POSTERIORS: dict[str, Callable[[Recipe, MakeNetwork], nn.Module]] = {
     "flow": _flow_posterior,
 }
 OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"elbo": _elbo, "iwae": _iwae}
+
+
+def _refuse(recipe: Recipe, choice: str, *names: str) -> None:
+    """Refuse what was set and the choice would ignore."""
+    for name in names:
+        if getattr(recipe, name) != getattr(Recipe, name):
+            option = name.replace("_", "-")
+            raise ConfigError(f"{choice} has no use for {name} (--{option}): leave it out")
 
 
 def _look_up(registry: Mapping[str, Any], name: str, kind: str) -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,77 @@ def test_nothing_is_overwritten_unasked(trained: Path) -> None:
     assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A run that may be changed, with nothing derived from it."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for name in ("config.json", "metrics.csv", "checkpoint.safetensors", "model.safetensors"):
+        shutil.copy(trained / name, folder)
+    return folder
+
+
+def derive(folder: Path) -> list[Path]:
+    """Stand-ins for what is made from a run's weights."""
+    (folder / "figures").mkdir()
+    paths = [folder / n for n in ("evidence.npz", "samples.npz", "figures/manifold.png")]
+    for path in paths:
+        path.write_bytes(b"old")
+    return paths
+
+
+@pytest.mark.parametrize("args", [["--overwrite", *FAST], ["--resume", "--epochs", "3"]])
+def test_training_removes_what_was_made_from_other_weights(copied: Path, args: list[str]) -> None:
+    old = derive(copied)
+    (copied / "figures" / "notes.txt").write_text("not ours")
+    run("train", "--out", copied, *args)
+    assert not any(path.exists() for path in old)
+    assert (copied / "figures" / "notes.txt").exists()
+    assert "not evaluated" in run("compare", copied, code=1).stderr
+
+
+def test_plot_removes_the_figures_that_it_does_not_draw(tmp_path: Path) -> None:
+    run("train", "--out", tmp_path / "run", *FAST, "--latent", "3", "--epochs", "1")
+    derive(tmp_path / "run")
+    assert "overwrite" in run("plot", tmp_path / "run", code=1).stderr
+    run("plot", tmp_path / "run", "--overwrite")
+    names = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+    assert names == {"training_curves.png", "reconstructions.png", "samples.png", "latent_map.png"}
+
+
+OUTPUTS = [("evaluate", "evidence.npz"), ("sample", "samples.npz"), ("plot", "figures")]
+
+
+@pytest.mark.parametrize(("command", "name"), OUTPUTS)
+def test_what_cannot_be_written_is_refused_before_computing(
+    command: str, name: str, copied: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("read-only")
+
+    with patch("pyro_vae.recipes.load_run") as load_run:
+        with patch.object(Path, "write_bytes", refuse):
+            assert "cannot write" in run(command, copied, code=1).stderr
+        if command == "plot":
+            (copied / name).rmdir()
+            (copied / name).touch()
+        else:
+            (copied / name).mkdir()
+        done = run(command, copied, "--overwrite", code=1)
+        assert str(copied / name) in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        load_run.assert_not_called()
+
+
+@pytest.mark.parametrize(("command", "name"), OUTPUTS)
+def test_a_failure_leaves_the_old_output_whole(command: str, name: str, copied: Path) -> None:
+    old = derive(copied)
+    (copied / "model.safetensors").write_bytes(b"damaged")
+    run(command, copied, "--overwrite", code=1)
+    assert [path.read_bytes() for path in old] == [b"old"] * 3
+    assert not list(copied.rglob(".part*"))
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -156,6 +228,112 @@ def test_bad_input_is_one_line_and_writes_nothing(
     for word in words:
         assert word in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--binarize", "threshold"], ["--hidden", "16"], ["--seed", "0"], ["--batch-size", "64"]],
+)
+def test_resuming_takes_no_options_that_make_another_run(args: list[str], copied: Path) -> None:
+    before = {path: path.read_bytes() for path in copied.iterdir()}
+    done = run("train", "--out", copied, "--resume", *args, code=1)
+    assert done.stderr.startswith(f"Error: {args[0]} ")
+    assert {path: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_resuming_takes_no_configuration(copied: Path) -> None:
+    args = ["--out", copied, "--resume", "--config", copied / "config.json"]
+    assert "--config" in run("train", *args, code=2).stderr
+
+
+DAMAGES = [
+    '{"options": {',
+    "[]",
+    "{}",
+    '{"options": [], "recipe": 1}',
+    '{"options": {}, "recipe": {}}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGES)
+@pytest.mark.parametrize("args", [["train", "--resume", "--out"], ["evaluate"]])
+def test_a_damaged_configuration_is_one_line(text: str, args: list[str], copied: Path) -> None:
+    (copied / "config.json").write_text(text)
+    done = run(*args, copied, code=1)
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert str(copied) in done.stderr
+
+
+def test_resuming_checks_the_stored_options(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    for name, value in (("batch_size", "many"), ("data", None)):
+        damaged = {**config, "options": {**config["options"], name: value}}
+        (copied / "config.json").write_text(json.dumps(damaged))
+        assert str(value) in run("train", "--resume", "--out", copied, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "JSON"),
+        ("[1]", "object"),
+        ('{"options": 1}', "object"),
+        ('{"epochs": [1]}', "epochs"),
+        ('{"hidden": {"a": 1}}', "hidden"),
+        ('{"hidden": true}', "hidden"),
+        ('{"hidden": [8, 1.5]}', "hidden"),
+        ('{"hidden": 0}', "hidden"),
+        ('{"seed": -1}', "seed"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_wrong_usage(
+    text: str, word: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.json").write_text(text)
+    done = run("train", "--config", tmp_path / "c.json", "--out", tmp_path / "run", code=2)
+    assert word in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_may_give_one_size(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"hidden": 8, "epochs": 1}')
+    run("train", "--config", tmp_path / "c.json", "--out", tmp_path / "run", "--device", "cpu")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"]["hidden"] == [8]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["--hidden", sizes] for sizes in ("0", "-1", "8,,8", "", "8,", "1.5", "a")),
+        ["--precision", "16-mixed"],
+        ["--seed", "-1"],
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_wrong_usage(args: list[str], tmp_path: Path) -> None:
+    assert args[0] in run("train", "--out", tmp_path / "run", *args, code=2).stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "plot"])
+def test_negative_seeds_are_wrong_usage(command: str, trained: Path) -> None:
+    assert "--seed" in run(command, trained, "--seed", "-1", code=2).stderr
+
+
+def test_a_file_of_data_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(0).random((60, 9)) < 0.5
+    np.save(tmp_path / "x.npy", x.astype("float32"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", "x.npy", "--binarize", "none", *FAST, "--batch-size", "8"]
+    run("train", "--out", tmp_path / "run", *args)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run("sample", tmp_path / "run")
+    run("train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
 
 
 def test_usage_errors_exit_2(tmp_path: Path) -> None:
@@ -189,8 +367,10 @@ def test_interrupted_run_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate()
     assert process.returncode == 130
-    assert "resume" in said.lower()
+    assert f"pyro-vae train --out {halved} --resume" in said
     assert not (halved / "model.safetensors").exists()
+    unfinished = run("evaluate", halved, code=1).stderr
+    assert f"not finished: pyro-vae train --out {halved} --resume" in unfinished
     for finishing in (uninterrupted, start("--out", halved, "--resume")):
         finishing.communicate()
         assert finishing.returncode == 0

@@ -1,18 +1,21 @@
 """Recipes: every registered part builds and trains as the command line does it."""
 
+import re
 from dataclasses import fields
 
 import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae import recipes
+from pyro_vae import cli, recipes
 from pyro_vae.data import Data, Split
 from pyro_vae.errors import ConfigError, UnknownNameError
 from pyro_vae.recipes import Recipe, build_objective, build_vae
+from pyro_vae.training import devices
 
 EACH = [
-    *({"prior": name} for name in recipes.PRIORS),
+    *({"prior": name} for name in ("normal", "flow")),
+    *({"prior": name, "components": 4} for name in ("mixture", "vamp")),
     *({"posterior": name} for name in recipes.POSTERIORS),
     *({"network": name, "hidden": (8, 8)} for name in recipes.NETWORKS),
     *({"likelihood": name} for name in recipes.LIKELIHOODS),
@@ -30,7 +33,7 @@ def data() -> Data:
 
 @pytest.mark.parametrize("entries", EACH, ids=str)
 def test_each_part_builds_and_trains(entries: dict) -> None:
-    recipe = Recipe(latent=3, components=4, **entries)
+    recipe = Recipe(latent=3, **entries)
     vae = build_vae(recipe, data())
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     run = pv.fit(vae, data(), objective=build_objective(recipe), epochs=2, batch_size=10)
@@ -66,7 +69,9 @@ def test_unknown_names_list_the_known(kind: str) -> None:
     ("entries", "words"),
     [
         ({"gradient": "dreg"}, "iwae"),
-        ({"objective": "iwae", "kl_weight": 0.5}, "no KL weight"),
+        ({"objective": "iwae", "kl": "analytic"}, r"--kl\)"),
+        ({"objective": "iwae", "kl_weight": 0.5}, "--kl-weight"),
+        ({"objective": "iwae", "free_bits": 0.5}, "--free-bits"),
         ({"gradient": "stl", "kl": "analytic"}, "Monte Carlo"),
     ],
 )
@@ -75,9 +80,47 @@ def test_options_that_mean_nothing_together(entries: dict, words: str) -> None:
         build_objective(Recipe(**entries))
 
 
-def test_unknown_entries_are_refused() -> None:
-    with pytest.raises(ConfigError, match="latnet"):
-        Recipe.from_json({"latnet": 2})
+@pytest.mark.parametrize(
+    ("entries", "option"),
+    [
+        *(({"likelihood": n, "scale": 0.5}, "--scale") for n in ("bernoulli", "poisson")),
+        *(({"prior": n, "components": 5}, "--components") for n in ("normal", "flow")),
+    ],
+)
+def test_options_that_a_part_would_ignore(entries: dict, option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        build_vae(Recipe(**entries), data())
+
+
+def test_every_registered_part_is_tried() -> None:
+    for kind in ("prior", "posterior", "network", "likelihood"):
+        tried = {entries[kind] for entries in EACH if kind in entries}
+        assert tried == set(getattr(recipes, f"{kind}s".upper()))
+
+
+@pytest.mark.parametrize(
+    ("entries", "name"),
+    [
+        ({"latnet": 2}, "latnet"),
+        ({"latent": "2"}, "latent"),
+        ({"latent": 2.0}, "latent"),
+        ({"seed": True}, "seed"),
+        ({"data": None}, "data"),
+        ({"kl_weight": "1"}, "kl_weight"),
+        ({"scale": None}, "scale"),
+        ({"hidden": 200}, "hidden"),
+        ({"hidden": [200, 1.5]}, "hidden"),
+        ({"hidden": [200, 0]}, "hidden"),
+    ],
+)
+def test_entries_that_are_no_recipe_are_refused_by_name(entries: dict, name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Recipe.from_json(entries)
+
+
+def test_whole_numbers_will_do_for_real_ones_in_json() -> None:
+    recipe = Recipe.from_json({"kl_weight": 1, "scale": 2, "split": None, "hidden": []})
+    assert (recipe.kl_weight, recipe.scale, recipe.hidden) == (1, 2, ())
 
 
 def test_every_recipe_field_is_an_option_of_train() -> None:
@@ -85,3 +128,16 @@ def test_every_recipe_field_is_an_option_of_train() -> None:
 
     options = {p.name for p in train.params}
     assert {f.name for f in fields(Recipe)} <= options
+
+
+@pytest.mark.parametrize("kind", ["prior", "likelihood", "posterior", "network", "objective"])
+def test_the_help_names_every_registered_part(kind: str) -> None:
+    from pyro_vae.cli import train
+
+    (option,) = (p for p in train.params if p.name == kind)
+    words = set(re.findall(r"\w+", option.to_info_dict()["help"]))
+    assert set(getattr(recipes, f"{kind}s".upper())) <= words
+
+
+def test_the_command_line_offers_every_precision() -> None:
+    assert cli.PRECISIONS == devices.PRECISIONS

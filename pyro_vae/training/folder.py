@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ MODEL = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 TENSORBOARD = "tensorboard"
+EVIDENCE = "evidence.npz"
+SAMPLES = "samples.npz"
+FIGURES = "figures"
+PLOTS = ("training_curves", "reconstructions", "samples", "latent_map", "manifold")
+
+# what is made from the trained weights, and is of other weights once training starts
+DERIVED = (MODEL, EVIDENCE, SAMPLES, *(f"{FIGURES}/{name}.png" for name in PLOTS))
 
 # what may differ when a run is resumed: everything else would make it another run
 FREE = ("epochs", "device")
@@ -41,6 +49,25 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise RunPermissionError(f"cannot read the run folder {folder}: {error}") from error
 
 
+def read_config(folder: Path, entry: str) -> dict[str, Any]:
+    """One entry of a run's configuration: "fit", and of the command line "options" and "recipe".
+
+    Raises:
+        CheckpointError: the configuration is missing or damaged, or has no such entry.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error!r}") from error
+    found = config.get(entry) if isinstance(config, dict) else None
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f'{path} is missing or damaged, or not of this kind of run: it has no "{entry}"'
+        )
+    return found
+
+
 def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to resume with settings that are not those of the run.
 
@@ -49,10 +76,7 @@ def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     if not (folder / CHECKPOINT).is_file():
         raise CheckpointError(f"there is nothing to resume in {folder}: no {CHECKPOINT}")
-    try:
-        before = json.loads((folder / CONFIG).read_text())["fit"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is missing or damaged: {error!r}") from error
+    before = read_config(folder, "fit")
     now = json.loads(json.dumps(settings, default=str))
     for name in [name for name in now if name not in FREE]:
         if before.get(name) != now[name]:
@@ -63,7 +87,10 @@ def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def write_config(folder: Path, config: Mapping[str, Any], data: Any, *, fresh: bool) -> None:
-    """Make the run folder and write its configuration; a fresh run first removes the old one.
+    """Make the run folder and write its configuration, removing what is of other weights.
+
+    A fresh run removes the old run and all that was derived from it; a resumed run keeps its
+    checkpoint and metrics, and removes the rest too, since its weights change.
 
     Raises:
         RunPermissionError: the folder cannot be made or written.
@@ -71,15 +98,55 @@ def write_config(folder: Path, config: Mapping[str, Any], data: Any, *, fresh: b
     entries = {**config, "data": _describe_data(data), "versions": versions()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (*DERIVED, CHECKPOINT, METRICS) if fresh else DERIVED:
+            (folder / name).unlink(missing_ok=True)
         if fresh:
-            for name in (CHECKPOINT, MODEL, METRICS):
-                (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         part = folder / f".{CONFIG}.part"
         part.write_text(json.dumps(entries, indent=2, default=str) + "\n")
         os.replace(part, folder / CONFIG)
     except OSError as error:
         raise RunPermissionError(f"cannot write the run folder {folder}: {error}") from error
+
+
+@contextmanager
+def new_output(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary path to write to, which takes the place of `path` when the block ends well.
+
+    A file left empty only removes `path`. Entering the block makes the temporary file, so that
+    what cannot be written is refused before anything is computed.
+
+    Raises:
+        RunExistsError: `path` is there and is not to be replaced, or is no file, or what should be
+            its folder is none.
+        RunPermissionError: it cannot be written.
+    """
+    part = path.with_name(f".part.{path.name}")  # the ending stays: it chooses the format
+    try:
+        _check_replaceable(path, overwrite)
+        path.parent.mkdir(exist_ok=True)
+        part.write_bytes(b"")  # nor is anything left of one that was killed
+    except FileExistsError as error:
+        if isinstance(error, RunExistsError):
+            raise
+        raise RunExistsError(f"{path.parent} is no folder: move it away") from error
+    except OSError as error:
+        raise RunPermissionError(f"cannot write {path}: {error}") from error
+    try:
+        yield part
+        if part.stat().st_size:
+            os.replace(part, path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise RunExistsError(f"{path} is a folder: move it away")
+    if path.exists() and not overwrite:
+        raise RunExistsError(f"{path} is there already: --overwrite replaces it")
 
 
 def _describe_data(data: Any) -> dict[str, Any]:
