@@ -9,7 +9,7 @@ from typing import Any
 
 import pyro
 from torch import nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.objectives import ELBO, Objective
@@ -20,6 +20,8 @@ from pyro_vae.training.checks import (
     check_arguments,
     check_parameters,
     frozen_parameters_allowed,
+    make_optimizer,
+    make_scheduler,
     try_program,
     weights_of,
 )
@@ -27,6 +29,7 @@ from pyro_vae.training.devices import launch, parameter_dtype
 from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
 from pyro_vae.training.loop import Compile, Loop, MeanTerms, Tracker
 from pyro_vae.training.metrics import Row
+from pyro_vae.training.settings import data_settings, optimizer_settings, schedule_settings
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,14 @@ def fit(
         epochs: in all, those of a resumed run included.
         batch_size: rows a batch and process (a `DataLoader` brings its own).
         learning_rate: of the default optimizer, Adam.
-        optimizer: makes one from the parameters, in place of Adam.
+        optimizer: makes one of torch's (not of `pyro.optim`, which is for SVI) from the parameters,
+            in place of Adam.
         scheduler: makes one of torch's learning-rate schedulers from the optimizer; it is stepped
             once an epoch, a `ReduceLROnPlateau` with the validation loss (that of training, where
             there is no validation).
         kl_schedule: maps the step (from 0) to a factor of the objective's KL weight, which is put
-            back afterwards. Validation always has the objective's own weight.
+            back afterwards. Validation always has the objective's own weight. It is also asked for
+            a few steps before training, so it should depend on the step alone.
         gradient_clip: largest norm of the gradient (of the loss per datum).
         patience: stop after this many epochs without gain in validation loss, and go back to the
             best weights.
@@ -114,8 +119,10 @@ def fit(
             torch's generators are put back afterwards.
         out: run folder: config.json, metrics.csv, checkpoint.safetensors (at the start, each epoch,
             and on Ctrl-C), model.safetensors (the weights in the end). None writes nothing.
-        resume: go on from the checkpoint in `out`, with the settings of that run; only `epochs` and
-            `device` may differ.
+        resume: go on from the checkpoint in `out`, with the settings and data of that run; only
+            `epochs` (not fewer than are done) and `device` may differ. Arrays are compared by a
+            fingerprint, `kl_schedule` at a few steps, optimizer and scheduler by their options. Not
+            compared are trackers, the data of a `DataLoader`, and functions within a scheduler.
         overwrite: replace what a run left in `out`.
         config: further entries of config.json.
         tensorboard: also write event files, into `out/tensorboard`.
@@ -150,22 +157,22 @@ def fit(
         samples = [batches.first() for batches in (train, valid) if batches is not None]
         estimators = try_program(vae, objective, samples).estimators
         parameters = check_parameters(weights, pyro.get_param_store())
-        opt = optimizer(parameters) if optimizer else Adam(parameters, learning_rate, fused=True)
-        schedule = None if scheduler is None else scheduler(opt)
+        opt = make_optimizer(optimizer, parameters, learning_rate)
+        schedule = make_scheduler(scheduler, opt)
         loop = Loop(
             fabric, MeanTerms(objective, vae.model, vae.guide, compile), weights, opt, schedule,
             seed=seed, gradient_clip=gradient_clip, kl_schedule=kl_schedule, patience=patience,
             trackers=trackers,
         )  # fmt: skip
-        settings = {
-            "epochs": epochs, "batch_size": batch_size, "batches": len(train),
-            "objective": describe(objective), "kl_schedule": kl_schedule is not None,
-            "learning_rate": learning_rate, "optimizer": type(opt).__name__,
-            "scheduler": None if schedule is None else type(schedule).__name__,
-            "gradient_clip": gradient_clip, "patience": patience, "device": str(fabric.device),
-            "devices": devices, "precision": precision, "seed": seed, "compile": compile,
-        }  # fmt: skip
         if folder is not None:
+            settings = {
+                "epochs": epochs, "batch_size": batch_size, "batches": len(train),
+                "objective": describe(objective), "kl_schedule": schedule_settings(kl_schedule),
+                "learning_rate": learning_rate, **optimizer_settings(opt, schedule),
+                "gradient_clip": gradient_clip, "patience": patience, "device": str(fabric.device),
+                "devices": devices, "precision": precision, "seed": seed, "compile": compile,
+                **data_settings(data),
+            }  # fmt: skip
             _prepare(loop, folder, resume, overwrite, {**(config or {}), "fit": settings}, data)
         try:
             stopped = loop.run(
@@ -188,7 +195,7 @@ def _prepare(
     """Make the run folder, or take up the run in it; what is refused leaves it untouched."""
     if resume:
         check_resumable(folder, config["fit"])
-        loop.load(folder)
+        loop.load(folder, config["fit"]["epochs"])
     if loop.fabric.is_global_zero:
         if not resume:
             check_free(folder, overwrite)
