@@ -13,6 +13,7 @@ import pyro.optim
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from training_helpers import (
     FEATURES,
     binary,
@@ -82,7 +83,13 @@ BAD_DATA = [
     ("one dimension", lambda: binary(20)[0], DataError, r"one row a datum; x has shape \(12,\)"),
     ("small", lambda: binary(5), ConfigError, r"batch_size=16 is larger than the data \(5 rows\)"),
     ("text", lambda: ["a", "b"], DataError, "data of type list is no array"),
-    ("none", lambda: None, DataError, "data of type NoneType is no array"),
+    ("none", lambda: None, DataError, "data of type NoneType is no array.*pv.datasets.load"),
+    ("name", lambda: "digits", DataError, r"type str is no array.*pv\.datasets\.load\(\"digits"),
+    ("dict", lambda: {"x": binary(20)}, DataError, "type dict is no array.*a Split, an array"),
+    ("pair", lambda: (binary(20), torch.zeros(20)), DataError, "tuple is no array.*DataLoader"),
+    ("pair of equals", lambda: (binary(20), binary(20)), DataError, "type tuple is no array"),
+    ("ragged", lambda: [[0.0, 1.0], [0.0]], DataError, "type list is no array.*inhomogeneous"),
+    ("dataset", lambda: TensorDataset(binary(20)), DataError, "TensorDataset is no array.*Loader"),
 ]  # fmt: skip
 
 
@@ -102,6 +109,10 @@ def test_bad_data(make: Any, error: type[Exception], message: str, tmp_path: Pat
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epochs": 0}, ConfigError, "epochs must be at least 1, got 0"),
+    ({"epochs": 2.5}, ConfigError, "epochs must be a whole number, got 2.5"),
+    ({"epochs": None}, ConfigError, "epochs must be a whole number, got None"),
+    ({"batch_size": "16"}, ConfigError, "batch_size must be a whole number, got '16'"),
+    ({"seed": 0.0}, ConfigError, "seed must be a whole number, got 0.0"),
     ({"batch_size": 0}, ConfigError, "batch_size must be at least 1, got 0"),
     ({"batch_size": 49}, ConfigError, r"batch_size=49 is larger than the data \(48 rows\)"),
     ({"learning_rate": 0.0}, ConfigError, r"learning_rate must be positive and finite, got 0\.0"),
@@ -177,6 +188,25 @@ def test_a_decoder_of_another_width(tmp_path: Path) -> None:
 def test_a_foreign_network_of_another_width(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot run on a batch of shape \(2, 12\)"):
         pv.fit(plain_encoder(), binary(48), batch_size=16, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def mlp_encoder() -> pv.VAE:
+    """Takes a context of four values beside the data, so that labels `(N,)` do not fit."""
+    vae = small_vae()
+    vae.guide.posterior.network = pv.networks.MLP(FEATURES + 4, [], 4)
+    return vae
+
+
+@pytest.mark.parametrize("make", [small_vae, plain_encoder, mlp_encoder])
+@pytest.mark.parametrize("labels", [torch.arange(48), torch.zeros(48, 1), torch.zeros(48, 3)])
+def test_labels_that_were_taken_as_context(make: Any, labels: Tensor, tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(binary(48), labels), 16)
+    with pytest.raises(
+        (ConfigError, ShapeError),
+        match="second tensor is passed to model and guide as `context`: where it holds labels",
+    ):
+        pv.fit(make(), loader, out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -309,7 +339,7 @@ OTHER_VALUES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"kl_schedule": [0.1, 0.2, *[1.0] * 10].__getitem__},
         {"kl_schedule": [0.1, 0.3, *[1.0] * 10].__getitem__},
-        r"has kl_schedule=\[0\.1, 0\.2, 'IndexError'",
+        r"has kl_schedule=\[0\.1, 0\.2, 1\.0, 'IndexError'",
     ),
     ({"optimizer": lambda p: ADAM(p, 0.01)}, {"optimizer": lambda p: ADAM(p, 0.02)},
      "has optimizer_options=.*0.01.*not.*0.02"),
@@ -335,12 +365,12 @@ def test_resume_with_other_values_of_a_setting(
 
 
 def test_resume_with_other_validation_data(old_run: Path) -> None:
-    with pytest.raises(CheckpointError, match="has valid_data='[0-9a-f]{16}', not None"):
+    with pytest.raises(CheckpointError, match=r"has valid_data='[0-9a-f]{16}', not None"):
         again(old_run, data=binary_data().train, resume=True)
 
 
 def test_the_data_of_a_loader_have_no_fingerprint(tmp_path: Path) -> None:
-    again(tmp_path, data=torch.utils.data.DataLoader(binary(48), 16))
+    again(tmp_path, data=DataLoader(binary(48), 16))
     settings = json.loads((tmp_path / "config.json").read_text())["fit"]
     assert settings["train_data"] is settings["valid_data"] is None
 

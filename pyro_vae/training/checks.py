@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,23 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import programs
-from pyro_vae.errors import ConfigError, PyroVAEError, SiteError
+from pyro_vae.errors import ConfigError, PyroVAEError, ShapeError, SiteError
 from pyro_vae.objectives import Objective, Terms
 from pyro_vae.training.batches import Batch
 from pyro_vae.training.guard import Guard
 from pyro_vae.training.metrics import summary_writer
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, numpy's included, as an int.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name} must be a whole number, got {value!r}") from error
 
 
 def check_arguments(
@@ -168,14 +181,26 @@ def try_program(vae: Any, objective: Objective, batches: Sequence[Batch]) -> Ter
                         raise guard.bad_loss(batch, 0, "before the first step")
                 with pyro.validation_enabled(True):
                     terms = objective.terms(vae.model, vae.guide, *batch)
+        except (ShapeError, ConfigError) as error:
+            raise type(error)(f"{error}{_about_context(batch)}") from error
         except PyroVAEError:
             raise
         except (ValueError, TypeError, RuntimeError) as error:
             shapes = ", ".join(str(tuple(getattr(part, "shape", ()))) for part in batch)
             raise ConfigError(
                 f"model and guide cannot run on a batch of shape {shapes}: {error}"
+                f"{_about_context(batch)}"
             ) from error
     return terms
+
+
+def _about_context(batch: Batch) -> str:
+    if len(batch) == 1:
+        return ""
+    return (
+        ". The loader's second tensor is passed to model and guide as `context`: where it holds "
+        "labels, drop them, as in DataLoader(TensorDataset(x))"
+    )
 
 
 def check_parameters(weights: nn.Module, store: ParamStoreDict) -> list[nn.Parameter]:

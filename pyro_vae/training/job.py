@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -24,6 +25,7 @@ from pyro_vae.training.checks import (
     make_scheduler,
     try_program,
     weights_of,
+    whole,
 )
 from pyro_vae.training.devices import launch, parameter_dtype
 from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
@@ -66,7 +68,7 @@ def fit(
     patience: int | None = None,
     trackers: Sequence[Tracker] = (),
     compile: Compile = False,
-    device: str = "auto",
+    device: str | torch.device | None = "auto",
     devices: int = 1,
     precision: str = "32-true",
     seed: int = 0,
@@ -109,7 +111,7 @@ def fit(
             and, within rounding, the same weights. The first step then takes seconds to a minute
             (less when the graph is in the cache on disk), so it pays for long training. `True`
             raises what stands in the way, "auto" warns of it and goes on without.
-        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
+        device: "auto" or None (CUDA where there is one), "cpu", "cuda" or "cuda:1".
         devices: processes, each with a device of its own; more than one runs the script anew in
             each (Lightning Fabric's "ddp").
         precision: "32-true" leaves parameters as they are (torch's default dtype), "64-true" makes
@@ -141,13 +143,15 @@ def fit(
         KeyboardInterrupt: after Ctrl-C, the state saved in `out`.
     """
     objective = ELBO(kl="auto") if objective is None else objective
+    epochs, batch_size = whole("epochs", epochs), whole("batch_size", batch_size)
+    devices, seed = whole("devices", devices), whole("seed", seed)
     check_arguments(
         objective, data, epochs=epochs, learning_rate=learning_rate, kl_schedule=kl_schedule,
         gradient_clip=gradient_clip, patience=patience, seed=seed, out=out, resume=resume,
         overwrite=overwrite, tensorboard=tensorboard,
     )  # fmt: skip
     weights = weights_of(vae)
-    fabric = launch(device, devices, precision)
+    fabric = launch("auto" if device is None else str(device), devices, precision)
     folder = None if out is None else Path(out)
     with seeded(seed), pyro.get_param_store().scope(), frozen_parameters_allowed():
         train, valid = sources(vae, data, batch_size, fabric, parameter_dtype(weights, precision))
