@@ -138,8 +138,9 @@ def fit(
             device, the data or the program is not fit for training.
         RunExistsError, RunPermissionError, CheckpointError: of the run folder.
         NonFiniteError: loss, gradient or parameter became NaN or infinite; names the step, the
-            term and site or the parameter, and what to try. On a GPU the loss is read every 50
-            steps, so the step is that of discovery.
+            term and site, the parameter, and what to try. On a GPU loss and gradient are read every
+            50 steps, so the step is that of discovery, and a gradient found bad after its update is
+            no longer known by term and site.
         KeyboardInterrupt: after Ctrl-C, the state saved in `out`.
     """
     objective = ELBO(kl="auto") if objective is None else objective

@@ -174,14 +174,22 @@ class Loop:
             raise self.guard.bad_loss(batch, state.step, self._place())
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
-        if self.gradient_clip is not None:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            if look:
-                self.guard.check_norm(norm, state.step + 1)
-            nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
+        if look or self.gradient_clip is not None:
+            self._treat_gradient(batch, look)
         self.optimizer.step()
         state.step += 1
         state.position += 1
+
+    def _treat_gradient(self, batch: Batch, look: bool) -> None:
+        """See that the gradient is finite, while the weights still are, and clip it."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if look:
+            self.guard.check_gradient(norm, batch, self.state.step + 1)
+        if self.gradient_clip is None:
+            return
+        if look:
+            self.guard.check_norm(norm, self.state.step + 1)
+        nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
 
     def _check(self, batch: Batch) -> None:
         """Nothing is saved before this: all terms, gradients and parameters are finite."""
