@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from training_helpers import binary, binary_data, intensities, normal_vae, small_vae
+from training_helpers import (
+    binary,
+    binary_data,
+    in_training,
+    intensities,
+    normal_vae,
+    small_vae,
+)
 
 import pyro_vae as pv
 
@@ -40,7 +47,8 @@ def run(name: str, folder: Path, at_step: Hook, epochs: int = EPOCHS) -> tuple[p
 
 def _array(at_step: Hook) -> tuple[pv.VAE, Any, dict[str, Any]]:
     def warm_up(step: int) -> float:
-        at_step(step)
+        if in_training():
+            at_step(step)
         return min(1.0, step / 30)
 
     return (

@@ -216,6 +216,10 @@ def test_what_can_be_data() -> None:
         assert torch.equal(as_split(data).x.double(), numbered(3))
     split = pv.Split(numbered(3))
     assert as_split(split) is split
+    fixed = numbered(3).numpy()
+    fixed.flags.writeable = False
+    assert torch.equal(as_split(fixed).x, numbered(3))
+    assert torch.equal(as_split(numbered(3).numpy()[::-1]).x, numbered(3).flip(0))
     with pytest.raises(DataError, match="data of type ndarray is no array"):
         as_split(np.array([["a", "b"]]))
     with pytest.raises(DataError, match="at least one datum"):

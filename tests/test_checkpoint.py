@@ -134,6 +134,17 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(load_tree(path)["x"], torch.zeros(3))
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_of_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    (tmp_path / ".file.part").touch(0o600)  # of a run that was killed
+    before = os.umask(umask)
+    try:
+        save_tree(tmp_path / "file", {"a": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
 def test_no_file_and_no_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(CheckpointError, match="there is no checkpoint at"):

@@ -6,8 +6,11 @@ import re
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from training_helpers import (
     binary_data,
     contents,
     identical,
+    in_training,
     intensities,
     normal_vae,
     saved_state,
@@ -148,8 +152,83 @@ def test_a_bad_gradient_is_blamed_on_its_step_and_parameter(
     layers[0] = Switch(layers[0], lambda h: BadGradient.apply(h, factor), call=call)
     message, _ = fails(vae, binary(48), tmp_path / "run", gradient_clip=clip, epochs=3)
     assert re.search(r'the gradient of "guide\.posterior\.\S+" became NaN', message)
+    assert 'though the loss is finite: term: reconstruction, at site "x". Look' in message
     assert step_of(message) == call
     assert saved_state(tmp_path / "run")["step"] == 3 * ((call - 1) // 3)
+
+
+@pytest.mark.parametrize("kl", ["analytic", "monte_carlo"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_bad_gradient_of_the_kl_is_blamed_on_the_latent_site(
+    clip: float | None, kl: Any, tmp_path: Path
+) -> None:
+    class Prior(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(2))
+
+        def forward(self) -> dist.Distribution:
+            return dist.Normal(BadGradient.apply(self.loc, float("nan")), torch.ones(2)).to_event(1)
+
+    vae = small_vae()
+    vae.model.prior = Prior()
+    message, weights = fails(
+        vae, binary(48), tmp_path / "run", gradient_clip=clip, objective=pv.ELBO(kl=kl)
+    )
+    assert 'the gradient of "model.prior.loc" became NaN or infinite at step 1' in message
+    assert 'term: KL, at site "z". Look' in message
+    assert "reconstruction" not in message
+    assert identical(vae, weights)  # found before the update
+
+
+def test_a_bad_gradient_is_blamed_on_the_one_site_of_several(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                bad = BadGradient.apply(self.b, float("inf"))
+                pyro.sample("left", dist.Normal(z + self.a, 1.0).to_event(1), obs=x[:, :3])
+                pyro.sample("right", dist.Normal(z + bad, 1.0).to_event(1), obs=x[:, 3:6])
+
+    class Guide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.loc, 1.0).to_event(1))
+
+    pair = SimpleNamespace(model=Two(), guide=Guide())
+    with pytest.raises(NonFiniteError, match=r'"model.b" .*term: reconstruction, at site "right"'):
+        pv.fit(pair, intensities(48), epochs=1, batch_size=16)
+
+
+def test_a_gradient_that_is_bad_only_once_is_said_to_be(tmp_path: Path) -> None:
+    class Once(nn.Module):
+        calls = 0
+
+        def forward(self, h: Tensor) -> Tensor:
+            self.calls += torch.is_grad_enabled()
+            return BadGradient.apply(h, float("nan") if self.calls == 2 else 1.0)
+
+    vae = small_vae()
+    vae.likelihood.network.layers.append(Once())
+    message, _ = fails(vae, binary(48), tmp_path / "run")
+    assert "with fresh draws on the same batch every term's is finite" in message
+    assert step_of(message) == 2
+
+
+def test_a_norm_that_overflows_is_no_matter_where_nothing_is_clipped() -> None:
+    torch.set_default_dtype(torch.float32)
+    vae = small_vae()
+    layers = vae.likelihood.network.layers
+    layers[2] = Switch(layers[2], lambda h: BadGradient.apply(h, 1e25), call=2)
+    pv.fit(vae, binary(48), epochs=1, batch_size=16)
 
 
 def test_clipping_blames_the_culprit_alone(tmp_path: Path) -> None:
@@ -207,7 +286,7 @@ def test_ctrl_c_does_not_save_what_is_not_finite(tmp_path: Path) -> None:
     layers[0] = Switch(layers[0], lambda h: BadGradient.apply(h, float("nan")), call=5)
 
     def interrupt(step: int) -> float:
-        if step == 4:
+        if step == 4 and in_training():
             signal.raise_signal(signal.SIGINT)
         return 1.0
 

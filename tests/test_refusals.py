@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pyro.infer
+import pyro.optim
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from training_helpers import (
     FEATURES,
     binary,
@@ -81,7 +83,13 @@ BAD_DATA = [
     ("one dimension", lambda: binary(20)[0], DataError, r"one row a datum; x has shape \(12,\)"),
     ("small", lambda: binary(5), ConfigError, r"batch_size=16 is larger than the data \(5 rows\)"),
     ("text", lambda: ["a", "b"], DataError, "data of type list is no array"),
-    ("none", lambda: None, DataError, "data of type NoneType is no array"),
+    ("none", lambda: None, DataError, "data of type NoneType is no array.*pv.datasets.load"),
+    ("name", lambda: "digits", DataError, r"type str is no array.*pv\.datasets\.load\(\"digits"),
+    ("dict", lambda: {"x": binary(20)}, DataError, "type dict is no array.*a Split, an array"),
+    ("pair", lambda: (binary(20), torch.zeros(20)), DataError, "tuple is no array.*DataLoader"),
+    ("pair of equals", lambda: (binary(20), binary(20)), DataError, "type tuple is no array"),
+    ("ragged", lambda: [[0.0, 1.0], [0.0]], DataError, "type list is no array.*inhomogeneous"),
+    ("dataset", lambda: TensorDataset(binary(20)), DataError, "TensorDataset is no array.*Loader"),
 ]  # fmt: skip
 
 
@@ -101,6 +109,10 @@ def test_bad_data(make: Any, error: type[Exception], message: str, tmp_path: Pat
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epochs": 0}, ConfigError, "epochs must be at least 1, got 0"),
+    ({"epochs": 2.5}, ConfigError, "epochs must be a whole number, got 2.5"),
+    ({"epochs": None}, ConfigError, "epochs must be a whole number, got None"),
+    ({"batch_size": "16"}, ConfigError, "batch_size must be a whole number, got '16'"),
+    ({"seed": 0.0}, ConfigError, "seed must be a whole number, got 0.0"),
     ({"batch_size": 0}, ConfigError, "batch_size must be at least 1, got 0"),
     ({"batch_size": 49}, ConfigError, r"batch_size=49 is larger than the data \(48 rows\)"),
     ({"learning_rate": 0.0}, ConfigError, r"learning_rate must be positive and finite, got 0\.0"),
@@ -176,6 +188,25 @@ def test_a_decoder_of_another_width(tmp_path: Path) -> None:
 def test_a_foreign_network_of_another_width(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot run on a batch of shape \(2, 12\)"):
         pv.fit(plain_encoder(), binary(48), batch_size=16, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def mlp_encoder() -> pv.VAE:
+    """Takes a context of four values beside the data, so that labels `(N,)` do not fit."""
+    vae = small_vae()
+    vae.guide.posterior.network = pv.networks.MLP(FEATURES + 4, [], 4)
+    return vae
+
+
+@pytest.mark.parametrize("make", [small_vae, plain_encoder, mlp_encoder])
+@pytest.mark.parametrize("labels", [torch.arange(48), torch.zeros(48, 1), torch.zeros(48, 3)])
+def test_labels_that_were_taken_as_context(make: Any, labels: Tensor, tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(binary(48), labels), 16)
+    with pytest.raises(
+        (ConfigError, ShapeError),
+        match="second tensor is passed to model and guide as `context`: where it holds labels",
+    ):
+        pv.fit(make(), loader, out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -274,11 +305,16 @@ OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
         "scheduler=None, not 'StepLR'",
     ),
     ({"objective": pv.ELBO(kl_weight=2.0)}, "has objective=.*'kl_weight': 1.0"),
-    ({"kl_schedule": lambda step: 1.0}, "has kl_schedule=False, not True"),
+    ({"kl_schedule": lambda step: 1.0}, r"has kl_schedule=None, not \[1\.0, 1\.0"),
     ({"gradient_clip": 1.0}, r"has gradient_clip=None, not 1\.0"),
     ({"patience": 4}, "has patience=None, not 4"),
     ({"precision": "64-true"}, "has precision='32-true', not '64-true'"),
     ({"data": binary_data(64)}, "has batches=3, not 4"),
+    ({"data": binary(48, seed=5)}, "has train_data='[0-9a-f]{16}', not '[0-9a-f]{16}'"),
+    (
+        {"optimizer": lambda p: torch.optim.Adam(p, betas=(0.5, 0.9), fused=True)},
+        r"has optimizer_options=.*'betas': \[0\.9, 0\.999\].*, not .*'betas': \[0\.5, 0\.9\]",
+    ),
 ]
 
 
@@ -290,6 +326,79 @@ def test_resume_with_other_settings(settings: dict[str, Any], message: str, old_
     weights = copy_weights(vae)
     with pytest.raises(CheckpointError, match=message):
         again(old_run, vae, resume=True, **settings)
+    assert contents(old_run) == before
+    assert identical(vae, weights)
+
+
+ADAM, STEP = torch.optim.Adam, torch.optim.lr_scheduler.StepLR
+OTHER_VALUES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {"kl_schedule": pv.schedules.Warmup(10)}, {"kl_schedule": pv.schedules.Warmup(20)},
+        r"has kl_schedule=\[0\.0, 0\.1, 1\.0.*, not \[0\.0, 0\.05, 0\.5",
+    ),
+    (
+        {"kl_schedule": [0.1, 0.2, *[1.0] * 10].__getitem__},
+        {"kl_schedule": [0.1, 0.3, *[1.0] * 10].__getitem__},
+        r"has kl_schedule=\[0\.1, 0\.2, 1\.0, 'IndexError'",
+    ),
+    ({"optimizer": lambda p: ADAM(p, 0.01)}, {"optimizer": lambda p: ADAM(p, 0.02)},
+     "has optimizer_options=.*0.01.*not.*0.02"),
+    ({"scheduler": lambda o: STEP(o, 2)}, {"scheduler": lambda o: STEP(o, 3)},
+     "has scheduler_options=.*'step_size': 2.*not.*'step_size': 3"),
+    ({"data": pv.Split(intensities(48), draw=bernoulli_draw)},
+     {"data": pv.Split(bernoulli_draw(intensities(48)))}, "has train_data="),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"), OTHER_VALUES, ids=[case[2] for case in OTHER_VALUES]
+)
+def test_resume_with_other_values_of_a_setting(
+    before: dict[str, Any], after: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    again(tmp_path, **before)
+    old = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        again(tmp_path, resume=True, **after)
+    assert contents(tmp_path) == old
+    assert len(again(tmp_path, resume=True, **before, epochs=4).metrics) == 4
+
+
+def test_resume_with_other_validation_data(old_run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has valid_data='[0-9a-f]{16}', not None"):
+        again(old_run, data=binary_data().train, resume=True)
+
+
+def test_the_data_of_a_loader_have_no_fingerprint(tmp_path: Path) -> None:
+    again(tmp_path, data=DataLoader(binary(48), 16))
+    settings = json.loads((tmp_path / "config.json").read_text())["fit"]
+    assert settings["train_data"] is settings["valid_data"] is None
+
+
+BAD_MAKERS: list[tuple[dict[str, Any], str]] = [
+    ({"optimizer": lambda p: None}, "a torch.optim.Optimizer from the parameters, got NoneType"),
+    ({"optimizer": pyro.optim.Adam({"lr": 0.1})}, "got PyroOptim: pyro.optim is for SVI, give"),
+    ({"optimizer": lambda p: pyro.optim.Adam({"lr": 0.1})}, "got PyroOptim: pyro.optim is for SVI"),
+    ({"optimizer": ADAM(nn.Linear(1, 1).parameters())}, "from the parameters, got Adam"),
+    ({"optimizer": "adam"}, "from the parameters, got str"),
+    ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates the loss several times a step, through a"),
+    ({"scheduler": lambda o: 0.5}, "one of torch.optim.lr_scheduler's .* got float"),
+    ({"scheduler": 0.5}, "one of torch.optim.lr_scheduler's .* got float"),
+    ({"kl_schedule": 0.5}, "kl_schedule maps a step to a factor, got 0.5"),
+    ({"kl_schedule": lambda step: float("nan")}, r"kl_schedule\(0\) must be finite.*, got nan"),
+    ({"kl_schedule": lambda step: -0.1}, r"kl_schedule\(0\) must be .*not negative, got -0\.1"),
+    ({"kl_schedule": lambda step: None}, r"kl_schedule\(0\) must be finite.*, got None"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_MAKERS, ids=[case[1] for case in BAD_MAKERS])
+def test_what_cannot_train_leaves_the_old_run_alone(
+    settings: dict[str, Any], message: str, old_run: Path
+) -> None:
+    before, vae = contents(old_run), small_vae(seed=3)
+    weights = copy_weights(vae)
+    with pytest.raises(ConfigError, match=message):
+        again(old_run, vae, overwrite=True, **settings)
     assert contents(old_run) == before
     assert identical(vae, weights)
 

@@ -14,9 +14,18 @@ import pandas
 import pytest
 import torch
 from resume_jobs import EPOCHS, JOBS, STEPS_PER_EPOCH, process, run
-from training_helpers import binary, identical, saved_state, small_vae, without_time
+from training_helpers import (
+    binary,
+    contents,
+    identical,
+    in_training,
+    saved_state,
+    small_vae,
+    without_time,
+)
 
 import pyro_vae as pv
+from pyro_vae.errors import ConfigError
 from pyro_vae.training.checkpoint import load_tree
 
 
@@ -25,7 +34,7 @@ def nothing(_: int) -> None: ...
 
 def interrupt_at(moment: int) -> Any:
     def hook(step: int) -> None:
-        if step == moment:
+        if step == moment and in_training():
             signal.raise_signal(signal.SIGINT)
 
     return hook
@@ -157,7 +166,7 @@ def test_a_second_signal_acts_at_once_and_the_message_stays_true(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def twice(step: int) -> float:
-        if step == 4:
+        if step == 4 and in_training():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return 1.0
@@ -179,6 +188,30 @@ def test_a_finished_run_resumed_does_nothing_more(whole: Any, tmp_path: Path) ->
     run("array", tmp_path / "run", nothing)
     run("array", tmp_path / "run", nothing)
     same_runs(whole("array", in_process=True), tmp_path / "run")
+
+
+def test_a_finished_run_resumed_gives_its_result_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vae, run_before = run("loader", tmp_path / "run", nothing)
+    again, run_after = run("loader", tmp_path / "run", nothing)
+    assert run_after == run_before
+    assert identical(again, vae)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fewer_epochs_than_are_done_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run("array", folder, interrupt_at(2 * STEPS_PER_EPOCH + 1))
+    before = contents(folder)
+    for epochs in (1, 2):
+        with pytest.raises(
+            ConfigError, match=f"epochs={epochs} is fewer than .* 2 epochs and 2 steps .* least 3"
+        ):
+            run("array", folder, nothing, epochs)
+        assert contents(folder) == before
+    assert len(run("array", folder, nothing, 3)[1].metrics) == 3
 
 
 def test_metrics_that_a_killed_run_logged_but_did_not_save_are_not_there_twice(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -74,6 +75,12 @@ def identical(a: Mapping[str, Tensor] | nn.Module, b: Mapping[str, Tensor] | nn.
 def without_time(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """Rows of metrics without the one column that no seed fixes."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def in_training() -> bool:
+    """Whether `fit` is at its steps, where Pyro's validation is off, and no longer at its checks,
+    which ask a `kl_schedule` too."""
+    return not is_validation_enabled()
 
 
 def saved_state(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vae.data import Split
@@ -23,6 +23,10 @@ from pyro_vae.likelihoods import check_finite
 
 Batch = tuple[Any, ...]
 Check = Callable[[Tensor], None]
+TAKEN = (
+    'Give a Data, such as pv.datasets.load("digits"), a Split, an array or tensor (N, features) '
+    "without labels, or a torch DataLoader"
+)
 
 
 class Batches(Protocol):
@@ -216,10 +220,22 @@ def as_split(data: Any) -> Split:
     """
     if isinstance(data, Split):
         return data
+    return Split(data if isinstance(data, Tensor) else _as_tensor(data))
+
+
+def _as_tensor(data: Any) -> Tensor:
     try:
-        return Split(torch.as_tensor(data if isinstance(data, Tensor) else np.asarray(data)))
-    except TypeError as error:
-        raise DataError(f"data of type {type(data).__name__} is no array: {error}") from error
+        # numpy would stack (x, y) into one array, and read a dataset's items as rows
+        if isinstance(data, Dataset) or (
+            isinstance(data, tuple) and any(hasattr(part, "shape") for part in data)
+        ):
+            raise TypeError("which of its parts is the data, it does not say")
+        # torch warns of arrays that are read-only, as a data frame's are
+        return torch.as_tensor(np.require(data, requirements=["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"data of type {type(data).__name__} is no array: {error}. {TAKEN}"
+        ) from error
 
 
 def _fits(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:

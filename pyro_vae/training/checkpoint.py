@@ -36,7 +36,12 @@ def save_tree(path: Path, tree: Any) -> None:
     header = json.dumps(encoder.encode(tree, ""))
     part = path.with_name(f".{path.name}.part")
     metadata = {HEADER: header, CHECKSUM: _checksum(header, encoder.tensors)}
+    # safetensors makes files for their owner alone; a new file has the mode that the user wants
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = part.stat().st_mode
     safetensors.torch.save_file(encoder.tensors, part, metadata=metadata)
+    part.chmod(mode)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)

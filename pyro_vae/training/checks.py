@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from pyro.optim import PyroOptim
 from pyro.params.param_store import ParamStoreDict
 from torch import nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import programs
-from pyro_vae.errors import ConfigError, PyroVAEError, SiteError
+from pyro_vae.errors import ConfigError, PyroVAEError, ShapeError, SiteError
 from pyro_vae.objectives import Objective, Terms
 from pyro_vae.training.batches import Batch
 from pyro_vae.training.guard import Guard
 from pyro_vae.training.metrics import summary_writer
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, numpy's included, as an int.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name} must be a whole number, got {value!r}") from error
 
 
 def check_arguments(
@@ -52,6 +69,8 @@ def check_arguments(
         raise ConfigError(f"seed must not be negative, got {seed}")
     if kl_schedule is not None and not hasattr(objective, "kl_weight"):
         raise ConfigError(f"{type(objective).__name__} has no KL weight for kl_schedule to change")
+    if kl_schedule is not None:
+        _check_schedule(kl_schedule)
     if patience is not None and patience < 1:
         raise ConfigError(f"patience must be at least 1, got {patience}")
     if patience is not None and getattr(data, "valid", None) is None:
@@ -64,6 +83,66 @@ def check_arguments(
         if out is None:
             raise ConfigError("tensorboard=True needs out=, the folder to write to")
         summary_writer()
+
+
+def _check_schedule(schedule: Callable[[int], float]) -> None:
+    if not callable(schedule):
+        raise ConfigError(f"kl_schedule maps a step to a factor, got {schedule!r}")
+    first = schedule(0)
+    try:
+        sound = 0 <= float(first) < math.inf
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ConfigError(f"kl_schedule(0) must be finite and not negative, got {first!r}")
+
+
+def make_optimizer(
+    make: Callable[[Iterable[nn.Parameter]], Optimizer] | None,
+    parameters: list[nn.Parameter],
+    learning_rate: float,
+) -> Optimizer:
+    """The user's optimizer, or Adam.
+
+    Raises:
+        ConfigError: `make` makes no torch optimizer, or one whose step needs a closure.
+    """
+    if make is None:
+        return Adam(parameters, learning_rate, fused=True)
+    # calling a PyroOptim would take a step
+    made = make(parameters) if callable(make) and not isinstance(make, PyroOptim) else make
+    if made is make or not isinstance(made, Optimizer):
+        raise ConfigError(
+            "optimizer makes a torch.optim.Optimizer from the parameters, got "
+            f"{type(made).__name__}: pyro.optim is for SVI, give torch.optim, such as "
+            "optimizer=lambda p: torch.optim.SGD(p, lr=0.1)"
+        )
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{type(made).__name__} evaluates the loss several times a step, through a closure, "
+            "which fit does not give it: choose another optimizer"
+        )
+    return made
+
+
+def make_scheduler(
+    make: Callable[[Optimizer], LRScheduler] | None, optimizer: Optimizer
+) -> LRScheduler | None:
+    """The user's scheduler, if there is one.
+
+    Raises:
+        ConfigError: `make` makes no scheduler of torch's.
+    """
+    if make is None:
+        return None
+    made = make(optimizer) if callable(make) else make
+    if not isinstance(made, LRScheduler):
+        raise ConfigError(
+            "scheduler makes one of torch.optim.lr_scheduler's from the optimizer, got "
+            f"{type(made).__name__}"
+        )
+    return made
 
 
 def weights_of(vae: Any) -> nn.Module:
@@ -102,14 +181,26 @@ def try_program(vae: Any, objective: Objective, batches: Sequence[Batch]) -> Ter
                         raise guard.bad_loss(batch, 0, "before the first step")
                 with pyro.validation_enabled(True):
                     terms = objective.terms(vae.model, vae.guide, *batch)
+        except (ShapeError, ConfigError) as error:
+            raise type(error)(f"{error}{_about_context(batch)}") from error
         except PyroVAEError:
             raise
         except (ValueError, TypeError, RuntimeError) as error:
             shapes = ", ".join(str(tuple(getattr(part, "shape", ()))) for part in batch)
             raise ConfigError(
                 f"model and guide cannot run on a batch of shape {shapes}: {error}"
+                f"{_about_context(batch)}"
             ) from error
     return terms
+
+
+def _about_context(batch: Batch) -> str:
+    if len(batch) == 1:
+        return ""
+    return (
+        ". The loader's second tensor is passed to model and guide as `context`: where it holds "
+        "labels, drop them, as in DataLoader(TensorDataset(x))"
+    )
 
 
 def check_parameters(weights: nn.Module, store: ParamStoreDict) -> list[nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,6 +21,8 @@ REMEDY = (
     "rate, gradient_clip, a larger min_scale of the likelihood, or a KL warm-up. The checkpoint in "
     "the run folder, if there is one, is from before and intact."
 )
+
+TERMS = {"reconstruction": "reconstruction", "kl": "KL"}
 
 
 class Interruption:
@@ -71,18 +73,33 @@ class Guard:
         named = self._parameters()
         if (name := _first_bad((n, p.grad) for n, p in named)) is not None:
             raise NonFiniteError(
-                f'the gradient of "{name}" became NaN or infinite at step {step}. {REMEDY}'
+                f'the gradient of "{name}" became NaN or infinite at step {step}, which was found '
+                'only after the update. With device="cpu", where each step is looked at, the error '
+                f"names term and site; a run can be resumed there. {REMEDY}"
             )
         if (name := _first_bad(named)) is not None:
             raise NonFiniteError(
                 f'the update of step {step} made "{name}" NaN or infinite. {REMEDY}'
             )
 
-    def check_norm(self, norm: Tensor, step: int) -> None:
-        """Raise if the norm of the gradient of `step`, not yet clipped, is not finite."""
+    def check_gradient(self, norm: Tensor, batch: tuple[Any, ...], step: int) -> None:
+        """Raise if the gradient of `step`, whose norm this is, is not finite; before the update.
+
+        A norm may overflow though the gradient is finite.
+        """
         if torch.isfinite(norm):
             return
-        self.check_update(step)
+        name = _first_bad((n, p.grad) for n, p in self._parameters())
+        if name is not None:
+            raise NonFiniteError(
+                f'the gradient of "{name}" became NaN or infinite at step {step}, though the loss '
+                f"is finite: {self._blame_gradient(batch)}. {REMEDY}"
+            )
+
+    def check_norm(self, norm: Tensor, step: int) -> None:
+        """Raise if the norm of the gradient of `step` cannot be clipped, for it overflowed."""
+        if torch.isfinite(norm):
+            return
         gradients = [(n, p.grad) for n, p in self._parameters() if p.grad is not None]
         name, size = _largest(gradients)
         raise NonFiniteError(
@@ -113,6 +130,39 @@ class Guard:
             for who, program in (("guide", self.guide), ("model", self.model))
             for name, parameter in program.named_parameters()
         ]
+
+    def _blame_gradient(self, batch: tuple[Any, ...]) -> str:
+        """The terms, and their sites, whose gradient on a batch is not finite, in words."""
+        try:
+            with torch.enable_grad(), pyro.validation_enabled(False):
+                terms = self.objective.terms(self.model, self.guide, *batch)
+                run = programs.Pair(self.model, self.guide, batch).run()
+            bad = [term for term in TERMS if self._bad_gradient(getattr(terms, term))]
+            words = [f"term: {TERMS[term]}, {self._bad_sites(term, run)}" for term in bad]
+        except PyroVAEError:
+            raise
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            return f"the program itself fails when it is run again: {error}"
+        return "; ".join(words) or "with fresh draws on the same batch every term's is finite"
+
+    def _bad_sites(self, term: str, run: programs.Run) -> str:
+        """The sites of a term whose own log-density has a bad gradient; all of them, if none."""
+        sites = run.observed if term == "reconstruction" else run.latent
+        own = {name: [programs.log_prob(site)] for name, site in sites}
+        if term == "kl":
+            own = {name: [*own[name], programs.log_prob(run.guide[name])] for name in own}
+        bad = [name for name, values in own.items() if any(map(self._bad_gradient, values))]
+        names = [f'"{name}"' for name in bad or own]
+        return f"at site{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+    def _bad_gradient(self, value: Tensor) -> bool:
+        parameters = [p for _, p in self._parameters() if p.requires_grad]
+        if not value.requires_grad:
+            return False
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            value.sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        return any(g is not None and not _finite(g) for g in gradients)
 
     def _blame(self, batch: tuple[Any, ...]) -> str:
         """The first site of a fresh run whose value or log-density is not finite, in words."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from torch import nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.objectives import ELBO, Objective
@@ -20,13 +21,17 @@ from pyro_vae.training.checks import (
     check_arguments,
     check_parameters,
     frozen_parameters_allowed,
+    make_optimizer,
+    make_scheduler,
     try_program,
     weights_of,
+    whole,
 )
 from pyro_vae.training.devices import launch, parameter_dtype
 from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
 from pyro_vae.training.loop import Compile, Loop, MeanTerms, Tracker
 from pyro_vae.training.metrics import Row
+from pyro_vae.training.settings import data_settings, optimizer_settings, schedule_settings
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def fit(
     patience: int | None = None,
     trackers: Sequence[Tracker] = (),
     compile: Compile = False,
-    device: str = "auto",
+    device: str | torch.device | None = "auto",
     devices: int = 1,
     precision: str = "32-true",
     seed: int = 0,
@@ -89,12 +94,14 @@ def fit(
         epochs: in all, those of a resumed run included.
         batch_size: rows a batch and process (a `DataLoader` brings its own).
         learning_rate: of the default optimizer, Adam.
-        optimizer: makes one from the parameters, in place of Adam.
+        optimizer: makes one of torch's (not of `pyro.optim`, which is for SVI) from the parameters,
+            in place of Adam.
         scheduler: makes one of torch's learning-rate schedulers from the optimizer; it is stepped
             once an epoch, a `ReduceLROnPlateau` with the validation loss (that of training, where
             there is no validation).
         kl_schedule: maps the step (from 0) to a factor of the objective's KL weight, which is put
-            back afterwards. Validation always has the objective's own weight.
+            back afterwards. Validation always has the objective's own weight. It is also asked for
+            a few steps before training, so it should depend on the step alone.
         gradient_clip: largest norm of the gradient (of the loss per datum).
         patience: stop after this many epochs without gain in validation loss, and go back to the
             best weights.
@@ -104,7 +111,7 @@ def fit(
             and, within rounding, the same weights. The first step then takes seconds to a minute
             (less when the graph is in the cache on disk), so it pays for long training. `True`
             raises what stands in the way, "auto" warns of it and goes on without.
-        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
+        device: "auto" or None (CUDA where there is one), "cpu", "cuda" or "cuda:1".
         devices: processes, each with a device of its own; more than one runs the script anew in
             each (Lightning Fabric's "ddp").
         precision: "32-true" leaves parameters as they are (torch's default dtype), "64-true" makes
@@ -114,8 +121,10 @@ def fit(
             torch's generators are put back afterwards.
         out: run folder: config.json, metrics.csv, checkpoint.safetensors (at the start, each epoch,
             and on Ctrl-C), model.safetensors (the weights in the end). None writes nothing.
-        resume: go on from the checkpoint in `out`, with the settings of that run; only `epochs` and
-            `device` may differ.
+        resume: go on from the checkpoint in `out`, with the settings and data of that run; only
+            `epochs` (not fewer than are done) and `device` may differ. Arrays are compared by a
+            fingerprint, `kl_schedule` at a few steps, optimizer and scheduler by their options. Not
+            compared are trackers, the data of a `DataLoader`, and functions within a scheduler.
         overwrite: replace what a run left in `out`.
         config: further entries of config.json.
         tensorboard: also write event files, into `out/tensorboard`.
@@ -129,18 +138,21 @@ def fit(
             device, the data or the program is not fit for training.
         RunExistsError, RunPermissionError, CheckpointError: of the run folder.
         NonFiniteError: loss, gradient or parameter became NaN or infinite; names the step, the
-            term and site or the parameter, and what to try. On a GPU the loss is read every 50
-            steps, so the step is that of discovery.
+            term and site, the parameter, and what to try. On a GPU loss and gradient are read every
+            50 steps, so the step is that of discovery, and a gradient found bad after its update is
+            no longer known by term and site.
         KeyboardInterrupt: after Ctrl-C, the state saved in `out`.
     """
     objective = ELBO(kl="auto") if objective is None else objective
+    epochs, batch_size = whole("epochs", epochs), whole("batch_size", batch_size)
+    devices, seed = whole("devices", devices), whole("seed", seed)
     check_arguments(
         objective, data, epochs=epochs, learning_rate=learning_rate, kl_schedule=kl_schedule,
         gradient_clip=gradient_clip, patience=patience, seed=seed, out=out, resume=resume,
         overwrite=overwrite, tensorboard=tensorboard,
     )  # fmt: skip
     weights = weights_of(vae)
-    fabric = launch(device, devices, precision)
+    fabric = launch("auto" if device is None else str(device), devices, precision)
     folder = None if out is None else Path(out)
     with seeded(seed), pyro.get_param_store().scope(), frozen_parameters_allowed():
         train, valid = sources(vae, data, batch_size, fabric, parameter_dtype(weights, precision))
@@ -150,22 +162,22 @@ def fit(
         samples = [batches.first() for batches in (train, valid) if batches is not None]
         estimators = try_program(vae, objective, samples).estimators
         parameters = check_parameters(weights, pyro.get_param_store())
-        opt = optimizer(parameters) if optimizer else Adam(parameters, learning_rate, fused=True)
-        schedule = None if scheduler is None else scheduler(opt)
+        opt = make_optimizer(optimizer, parameters, learning_rate)
+        schedule = make_scheduler(scheduler, opt)
         loop = Loop(
             fabric, MeanTerms(objective, vae.model, vae.guide, compile), weights, opt, schedule,
             seed=seed, gradient_clip=gradient_clip, kl_schedule=kl_schedule, patience=patience,
             trackers=trackers,
         )  # fmt: skip
-        settings = {
-            "epochs": epochs, "batch_size": batch_size, "batches": len(train),
-            "objective": describe(objective), "kl_schedule": kl_schedule is not None,
-            "learning_rate": learning_rate, "optimizer": type(opt).__name__,
-            "scheduler": None if schedule is None else type(schedule).__name__,
-            "gradient_clip": gradient_clip, "patience": patience, "device": str(fabric.device),
-            "devices": devices, "precision": precision, "seed": seed, "compile": compile,
-        }  # fmt: skip
         if folder is not None:
+            settings = {
+                "epochs": epochs, "batch_size": batch_size, "batches": len(train),
+                "objective": describe(objective), "kl_schedule": schedule_settings(kl_schedule),
+                "learning_rate": learning_rate, **optimizer_settings(opt, schedule),
+                "gradient_clip": gradient_clip, "patience": patience, "device": str(fabric.device),
+                "devices": devices, "precision": precision, "seed": seed, "compile": compile,
+                **data_settings(data),
+            }  # fmt: skip
             _prepare(loop, folder, resume, overwrite, {**(config or {}), "fit": settings}, data)
         try:
             stopped = loop.run(
@@ -188,7 +200,7 @@ def _prepare(
     """Make the run folder, or take up the run in it; what is refused leaves it untouched."""
     if resume:
         check_resumable(folder, config["fit"])
-        loop.load(folder)
+        loop.load(folder, config["fit"]["epochs"])
     if loop.fabric.is_global_zero:
         if not resume:
             check_free(folder, overwrite)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import programs
-from pyro_vae.errors import CheckpointError, DataError
+from pyro_vae.errors import CheckpointError, ConfigError, DataError
 from pyro_vae.objectives import Objective, Terms
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import checkpoint
@@ -174,14 +174,22 @@ class Loop:
             raise self.guard.bad_loss(batch, state.step, self._place())
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
-        if self.gradient_clip is not None:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            if look:
-                self.guard.check_norm(norm, state.step + 1)
-            nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
+        if look or self.gradient_clip is not None:
+            self._treat_gradient(batch, look)
         self.optimizer.step()
         state.step += 1
         state.position += 1
+
+    def _treat_gradient(self, batch: Batch, look: bool) -> None:
+        """See that the gradient is finite, while the weights still are, and clip it."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if look:
+            self.guard.check_gradient(norm, batch, self.state.step + 1)
+        if self.gradient_clip is None:
+            return
+        if look:
+            self.guard.check_norm(norm, self.state.step + 1)
+        nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
 
     def _check(self, batch: Batch) -> None:
         """Nothing is saved before this: all terms, gradients and parameters are finite."""
@@ -279,16 +287,24 @@ class Loop:
         })  # fmt: skip
         self.saved_step = self.state.step
 
-    def load(self, folder: Path) -> None:
-        """Go back to the state that `save` wrote.
+    def load(self, folder: Path, epochs: int) -> None:
+        """Go back to the state that `save` wrote, to train until `epochs` are done.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another architecture or optimizer.
+            ConfigError: more epochs than that are done, or begun.
         """
         path = folder / CHECKPOINT
         tree = checkpoint.load_tree(path)
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise CheckpointError(f"{path} holds no state of training in format {FORMAT}")
+        state = State(**tree["state"])
+        if epochs < state.begun:
+            raise ConfigError(
+                f"epochs={epochs} is fewer than the run in {folder} has trained: {state.epoch} "
+                f"epochs and {state.position} steps of the next. epochs counts those of the "
+                f"resumed run too: give at least {state.begun}"
+            )
         checkpoint.set_weights(self.weights, tree["weights"])
         try:
             self.optimizer.load_state_dict(tree["optimizer"])
@@ -296,7 +312,7 @@ class Loop:
             raise CheckpointError(f"{path} is of another optimizer: {error}") from error
         if self.scheduler is not None:
             self.scheduler.load_state_dict(tree["scheduler"])
-        self.state = State(**tree["state"])
+        self.state = state
         self.saved_step = self.state.step
         if not self.fabric.is_global_zero:  # the first process holds what all had summed
             self.state.sums = torch.zeros_like(self.state.sums)

@@ -39,6 +39,11 @@ class State:
     best_weights: dict[str, Tensor] | None = None
     rows: list[Row] = field(default_factory=list)
 
+    @property
+    def begun(self) -> int:
+        """Epochs finished or begun."""
+        return self.epoch + (self.position > 0)
+
 
 def random_state(fabric: Fabric) -> RandomState:
     """The state of every process's generators."""
