@@ -241,6 +241,15 @@ def test_resuming_takes_no_options_that_make_another_run(args: list[str], copied
     assert {path: path.read_bytes() for path in copied.iterdir()} == before
 
 
+def test_resuming_goes_on_to_no_fewer_epochs_than_are_done(copied: Path) -> None:
+    old = derive(copied)
+    done = run("train", "--out", copied, "--resume", "--epochs", "1", code=1)
+    assert done.stderr.startswith("Error: ")
+    assert "epochs" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert all(path.exists() for path in [*old, copied / "model.safetensors"])
+
+
 def test_resuming_takes_no_configuration(copied: Path) -> None:
     args = ["--out", copied, "--resume", "--config", copied / "config.json"]
     assert "--config" in run("train", *args, code=2).stderr
