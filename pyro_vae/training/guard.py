@@ -82,13 +82,8 @@ class Guard:
                 f'the update of step {step} made "{name}" NaN or infinite. {REMEDY}'
             )
 
-    def check_gradient(self, norm: Tensor, batch: tuple[Any, ...], step: int) -> None:
-        """Raise if the gradient of `step`, whose norm this is, is not finite; before the update.
-
-        A norm may overflow though the gradient is finite.
-        """
-        if torch.isfinite(norm):
-            return
+    def check_gradient(self, batch: tuple[Any, ...], step: int) -> None:
+        """Raise if the gradient of `step`, taken on `batch`, is not finite; before the update."""
         name = _first_bad((n, p.grad) for n, p in self._parameters())
         if name is not None:
             raise NonFiniteError(

@@ -182,13 +182,16 @@ class Loop:
 
     def _treat_gradient(self, batch: Batch, look: bool) -> None:
         """See that the gradient is finite, while the weights still are, and clip it."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if look:
-            self.guard.check_gradient(norm, batch, self.state.step + 1)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        step = self.state.step + 1
+        # a sum, the cheapest screen, hides no NaN or infinity (and may overflow without one)
+        if look and not math.isfinite(sum(gradient.sum() for gradient in gradients)):
+            self.guard.check_gradient(batch, step)
         if self.gradient_clip is None:
             return
+        norm = nn.utils.get_total_norm(gradients)
         if look:
-            self.guard.check_norm(norm, self.state.step + 1)
+            self.guard.check_norm(norm, step)
         nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
 
     def _check(self, batch: Batch) -> None:
@@ -240,8 +243,8 @@ class Loop:
         with self.fabric.autocast():
             loss, reconstruction, kl = self.module(*batch)
         n = len(batch[0])
-        sums[:3].add_(torch.stack((loss, reconstruction, kl)).detach(), alpha=n)
-        sums[3] += n
+        with torch.no_grad():
+            sums.add_(torch.stack((loss, reconstruction, kl, torch.ones_like(loss))), alpha=n)
         return loss
 
     def _place(self) -> str:
