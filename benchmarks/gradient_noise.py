@@ -30,26 +30,34 @@ class Noise:
     bias_z: float
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A gradient to compare with; `variance` is the trace of its covariance, 0 where exact."""
+
+    gradient: Tensor
+    variance: float = 0.0
+
+
 def measure(
     loss: Loss,
     groups: Mapping[str, list[Tensor]],
-    exact: Mapping[str, Tensor],
+    references: Mapping[str, Reference],
     draws: int,
     seed: int,
 ) -> dict[str, Noise]:
-    """Draw the gradient of `loss` `draws` times and compare with the exact one, group by group.
+    """Draw the gradient of `loss` `draws` times and compare with a reference, group by group.
 
     Args:
         groups: parameters by group; each is flattened into one vector.
-        exact: the exact gradient of each group, flattened.
+        references: of each group, flattened.
     """
     samples = {name: [] for name in groups}
     for i in range(draws):
         with seeded(derive(seed, i)):
             for name, gradient in gradients(loss(), groups).items():
                 samples[name].append(gradient)
-    scale = sum(float(g.square().sum()) for g in exact.values())
-    return {name: _noise(torch.stack(samples[name]), exact[name], scale) for name in groups}
+    scale = sum(float(r.gradient.square().sum()) for r in references.values())
+    return {name: _noise(torch.stack(samples[name]), references[name], scale) for name in groups}
 
 
 def gradients(loss: Tensor, groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -61,32 +69,41 @@ def gradients(loss: Tensor, groups: Mapping[str, list[Tensor]]) -> dict[str, Ten
     }
 
 
-def _noise(samples: Tensor, exact: Tensor, scale: float) -> Noise:
+def _noise(samples: Tensor, reference: Reference, scale: float) -> Noise:
     draws = len(samples)
     samples = samples.double()
-    mean, variances = samples.mean(0), samples.var(0)
-    total = float(variances.sum())
-    # under no bias draws * |mean - exact|^2 has mean `total` and, were the coordinates
-    # independent, variance 2 * sum(variances^2); dependence makes the spread larger, so the
-    # spread is taken from the draws themselves, through their Gram matrix
+    mean, total = samples.mean(0), float(samples.var(0).sum())
+    # without bias |mean - reference|^2 has the mean `expected`; its spread, which dependence
+    # between the coordinates makes larger, is taken from the draws through their Gram matrix
     centred = samples - mean
     gram = centred @ centred.T / (draws - 1)
-    spread = float((2 * gram.square().sum()).sqrt())
-    distance = float(draws * (mean - exact.double()).square().sum())
-    bias_z = (distance - total) / spread if spread > 0 else 0.0
-    return Noise(total / scale, bias_z)
+    expected = total / draws + reference.variance
+    spread = float((2 * gram.square().sum()).sqrt()) * expected / total if total > 0 else 0.0
+    distance = float((mean - reference.gradient.double()).square().sum())
+    return Noise(total / scale, (distance - expected) / spread if spread > 0 else 0.0)
+
+
+def exact(loss: Tensor, groups: Mapping[str, list[Tensor]]) -> dict[str, Reference]:
+    """The gradient of a loss that is known in closed form."""
+    return {name: Reference(g.double()) for name, g in gradients(loss, groups).items()}
 
 
 def long_run(objective: Objective, vae: pv.VAE, x: Tensor, groups: Mapping[str, list[Tensor]],
-             repeats: int, seed: int) -> dict[str, Tensor]:  # fmt: skip
+             repeats: int, seed: int) -> dict[str, Reference]:  # fmt: skip
     """The mean of many gradient draws: the reference where no closed form exists."""
-    total: dict[str, Tensor] = {}
+    total, squares = ({n: torch.zeros((), dtype=torch.float64) for n in groups} for _ in range(2))
     for i in range(repeats):
         with seeded(derive(seed, i)):
             loss = objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
         for name, g in gradients(loss, groups).items():
-            total[name] = total.get(name, torch.zeros_like(g, dtype=torch.float64)) + g / repeats
-    return total
+            total[name] = total[name] + g
+            squares[name] = squares[name] + g.double().square()
+    references = {}
+    for name in groups:
+        mean = total[name] / repeats
+        variance = (squares[name] / repeats - mean.square()).sum() / (repeats - 1)
+        references[name] = Reference(mean, float(variance))
+    return references
 
 
 def linear_elbo(vae: pv.VAE, x: Tensor) -> Tensor:

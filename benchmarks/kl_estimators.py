@@ -9,7 +9,7 @@ Same model, data, seeds and batches for every estimator. Three studies:
    the start, in the middle and at the end of training, with 1, 5 and 50 particles, by size of the
    latent space and of the batch; against the exact gradient (linear decoder) or that of 10,000
    particles.
-2. time: a step of each estimator, taken in turn.
+2. time: a step of each estimator, all taken in turn.
 3. training: ELBO and importance-sampled log p(x) of validation data through training, over seeds,
    with N(0, I) and with a VampPrior (which has no analytic KL), and the time to a given ELBO.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 import pyro_vae as pv
 from benchmarks import report
 from benchmarks.gradient_noise import (
-    gradients,
+    exact,
     linear_elbo,
     long_run,
     measure,
@@ -43,7 +43,14 @@ ESTIMATORS: dict[str, Callable[[int], Objective]] = {
     "monte_carlo": lambda k: pv.ELBO(kl="monte_carlo", num_particles=k),
     "stl": lambda k: pv.ELBO(kl="monte_carlo", gradient="stl", num_particles=k),
 }
-STAGES = {"start": 0, "middle": 5, "end": 60}
+STAGES = {"start": 0, "middle": 5, "end": 200}
+# no analytic KL exists for a VampPrior
+CONFIGURATIONS = [
+    (prior, name)
+    for prior in ("normal", "vamp")
+    for name in ESTIMATORS
+    if (prior, name) != ("vamp", "analytic")
+]
 COLORS = {"analytic": "C0", "monte_carlo": "C1", "stl": "C2"}
 
 
@@ -93,9 +100,9 @@ def _noise_at(
 ) -> list[dict[str, Any]]:
     groups = parameter_groups(vae)
     if linear:
-        exact = {n: g.double() for n, g in gradients(linear_elbo(vae, x), groups).items()}
+        references = exact(linear_elbo(vae, x), groups)
     else:
-        exact = long_run(ESTIMATORS["analytic"](100), vae, x, groups, repeats, seed=7)
+        references = long_run(ESTIMATORS["analytic"](100), vae, x, groups, repeats, seed=7)
     rows = []
     for name, make in ESTIMATORS.items():
         for particles in (1, 5, 50):
@@ -105,7 +112,7 @@ def _noise_at(
             def loss(objective: Objective = objective) -> Tensor:
                 return objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
 
-            for group, noise in measure(loss, groups, exact, few, seed=11).items():
+            for group, noise in measure(loss, groups, references, few, seed=11).items():
                 rows.append({
                     "estimator": name, "particles": particles, "group": group, "draws": few,
                     "variance": noise.variance, "bias_z": noise.bias_z,
@@ -140,21 +147,28 @@ def dimension_study(data: pv.Data, draws: int) -> list[dict[str, Any]]:
     return rows
 
 
-def time_study(data: pv.Data, latent: int, hidden: Sequence[int], steps: int) -> dict[str, float]:
-    """Study 2: milliseconds a step, the estimators in turn, medians."""
+def time_study(
+    data: pv.Data, latent: int, hidden: Sequence[int], steps: int
+) -> dict[str, dict[str, float]]:
+    """Study 2: milliseconds a step by prior and estimator, all in turn, medians."""
     x = data.train.fixed().x[:128]
-    vae = make_vae(data, latent, hidden, seed=0)
-    optimizer = torch.optim.Adam(vae.parameters(), 1e-3, fused=True)
-    seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
-    objectives = {name: make(1) for name, make in ESTIMATORS.items()}
+    runs = {}
+    for prior, name in CONFIGURATIONS:
+        vae = make_vae(data, latent, hidden, 0, prior)
+        runs[prior, name] = (vae, torch.optim.Adam(vae.parameters(), 1e-3, fused=True))
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(steps):
-        for name, objective in objectives.items():
+        for key, (vae, optimizer) in runs.items():
+            objective = ESTIMATORS[key[1]](1)
             started = time.perf_counter()
             optimizer.zero_grad()
             objective.differentiable_loss(vae.model, vae.guide, x).backward()
             optimizer.step()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+            seconds[key].append(time.perf_counter() - started)
+    table: dict[str, dict[str, float]] = {}
+    for (prior, name), times in seconds.items():
+        table.setdefault(prior, {})[name] = 1e3 * statistics.median(times)
+    return table
 
 
 def training_study(
@@ -166,53 +180,49 @@ def training_study(
     # over the first fifth of training: without a warm-up a VampPrior of few data collapses
     warmup = epochs * -(-len(data.train) // 128) // 5
     runs: list[dict[str, Any]] = []
-    for prior in ("normal", "vamp"):
-        for seed in range(seeds):
-            for name, make in ESTIMATORS.items():
-                if prior == "vamp" and name == "analytic":
-                    continue
-                vae = make_vae(data, latent, hidden, seed, prior)
-                run = pv.fit(
-                    vae, data, objective=make(1), epochs=epochs, seed=seed,
-                    kl_schedule=pv.schedules.Warmup(warmup),
-                    trackers=[pv.track_log_px(vae, held_out, every)],
-                )  # fmt: skip
-                runs.append({
-                    "prior": prior, "estimator": name, "seed": seed,
-                    "seconds": [r["seconds"] for r in run.metrics],
-                    "valid_elbo": [r["valid_elbo"] for r in run.metrics],
-                    "valid_log_px": {
-                        int(r["epoch"]): r["valid_log_px"]
-                        for r in run.metrics if "valid_log_px" in r
-                    },
-                })  # fmt: skip
-                last = runs[-1]["valid_log_px"][max(runs[-1]["valid_log_px"])]
-                print(f"training: {prior}, {name}, seed {seed}: log p(x) {last:.3f}")
+    for seed in range(seeds):
+        for prior, name in CONFIGURATIONS:
+            vae = make_vae(data, latent, hidden, seed, prior)
+            run = pv.fit(
+                vae, data, objective=ESTIMATORS[name](1), epochs=epochs, seed=seed,
+                kl_schedule=pv.schedules.Warmup(warmup),
+                trackers=[pv.track_log_px(vae, held_out, every)],
+            )  # fmt: skip
+            runs.append({
+                "prior": prior, "estimator": name, "seed": seed,
+                "steps": [r["step"] for r in run.metrics],
+                "valid_elbo": [r["valid_elbo"] for r in run.metrics],
+                "valid_log_px": {
+                    int(r["epoch"]): r["valid_log_px"] for r in run.metrics if "valid_log_px" in r
+                },
+            })  # fmt: skip
+            print(f"training: {prior}, {name}, seed {seed}: log p(x) {_final(runs[-1]):.3f}")
     return runs
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Final log p(x) of each estimator over seeds, and its paired difference from Monte Carlo."""
+def summarise(
+    runs: list[dict[str, Any]], milliseconds: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Final log p(x) of each estimator over seeds, its paired difference from Monte Carlo, and
+    the time to an ELBO that all reach: steps, times the time of a step."""
     rows = []
-    for prior in ("normal", "vamp"):
+    for prior, name in CONFIGURATIONS:
         mine = [r for r in runs if r["prior"] == prior]
         target = min(max(r["valid_elbo"]) for r in mine) - 0.25
-        for name in ESTIMATORS:
-            chosen = [r for r in mine if r["estimator"] == name]
-            if not chosen:
-                continue
-            final = torch.tensor([_final(r) for r in chosen])
-            base = torch.tensor([_final(r) for r in mine if r["estimator"] == "monte_carlo"])
-            gain = final - base
-            n = len(final)
-            rows.append({
-                "prior": prior, "estimator": name, "seeds": n,
-                "log_px": final.mean().item(), "sd": final.std().item(),
-                "gain_over_monte_carlo": gain.mean().item(),
-                "gain_se": (gain.std() / n**0.5).item(),
-                "target_elbo": target,
-                "seconds_to_target": statistics.median(_time_to(r, target) for r in chosen),
-            })  # fmt: skip
+        chosen = [r for r in mine if r["estimator"] == name]
+        final = torch.tensor([_final(r) for r in chosen])
+        base = torch.tensor([_final(r) for r in mine if r["estimator"] == "monte_carlo"])
+        gain = final - base
+        steps = [_steps_to(r, target) for r in chosen]
+        n = len(final)
+        rows.append({
+            "prior": prior, "estimator": name, "seeds": n,
+            "log_px": final.mean().item(), "sd": final.std().item(),
+            "gain_over_monte_carlo": gain.mean().item(),
+            "gain_se": (gain.std() / n**0.5).item(),
+            "target_elbo": target, "steps_to_target": steps,
+            "seconds_to_target": statistics.mean(steps) * milliseconds[prior][name] / 1e3,
+        })  # fmt: skip
     return rows
 
 
@@ -220,9 +230,18 @@ def _final(run: dict[str, Any]) -> float:
     return run["valid_log_px"][max(run["valid_log_px"])]
 
 
-def _time_to(run: dict[str, Any], target: float) -> float:
-    reached = zip(run["seconds"], run["valid_elbo"], strict=True)
-    return next((s for s, elbo in reached if elbo >= target), float("inf"))
+def _steps_to(run: dict[str, Any], target: float) -> float:
+    """The step at which the validation ELBO reaches a target, between epochs by the straight line.
+
+    The target lies below the best ELBO of every run, so that each reaches it.
+    """
+    before = (0.0, -float("inf"))
+    for step, elbo in zip(run["steps"], run["valid_elbo"], strict=True):
+        if elbo >= target:
+            share = (target - before[1]) / (elbo - before[1]) if before[0] else 1.0
+            return before[0] + share * (step - before[0])
+        before = (step, elbo)
+    raise ValueError(f"the ELBO never reached {target}")
 
 
 def draw(noise: list[dict[str, Any]], runs: list[dict[str, Any]], title: str) -> Figure:
@@ -273,9 +292,10 @@ def main() -> None:
         latent, hidden, epochs, every = 50, [200, 200], 20, 2
     runs = training_study(data, latent, hidden, epochs, every, options.seeds)
     noise = noise_study(digits, draws=200, repeats=100)
+    milliseconds = time_study(data, latent, hidden, steps=300)
     results = {
-        "summary": summarise(runs),
-        "milliseconds_a_step": time_study(data, latent, hidden, steps=300),
+        "summary": summarise(runs, milliseconds),
+        "milliseconds_a_step": milliseconds,
         "noise": noise,
         "by_dimension": dimension_study(digits, draws=500),
         "training": runs,

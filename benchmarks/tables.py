@@ -50,7 +50,7 @@ def kl_estimators_digits(report: dict[str, Any]) -> str:
             f"{row['log_px']:.2f} ± {row['sd']:.2f}",
             f"{row['gain_over_monte_carlo']:+.3f} ± {row['gain_se']:.3f}",
             f"{row['seconds_to_target']:.1f} s",
-            f"{step[row['estimator']]:.2f} ms" if row["prior"] == "normal" else "–",
+            f"{step[row['prior']][row['estimator']]:.2f} ms",
         ]
         for row in report["results"]["summary"]
     ]
