@@ -403,6 +403,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
-    except PyroVAEError as error:
+    except (PyroVAEError, OSError) as error:  # a full disk is no bug of ours
         click.echo(f"Error: {error}", err=True)
         sys.exit(FAILURE)

@@ -32,16 +32,14 @@ Hook = Callable[[int], Any]
 
 
 def run(name: str, folder: Path, at_step: Hook, epochs: int = EPOCHS) -> tuple[pv.VAE, pv.Run]:
-    """Start a job, or resume it where its folder holds a checkpoint."""
+    """Start a job, or resume it where its folder holds the configuration of one."""
     vae, data, settings = JOBS[name](at_step)
-    # weights that a resumed run must not keep
-    resume = (folder / "checkpoint.safetensors").exists()
-    if resume:
+    if (folder / "checkpoint.safetensors").exists():  # weights that a resumed run must not keep
         with torch.no_grad():
             for parameter in vae.parameters():
                 parameter.fill_(9.0)
-    # a folder whose job died before its first checkpoint holds nothing worth keeping
-    start = {"resume": True} if resume else {"overwrite": True}
+    # a folder whose job died before it wrote its configuration holds nothing worth keeping
+    start = {"resume": True} if (folder / "config.json").exists() else {"overwrite": True}
     return vae, pv.fit(vae, data, epochs=epochs, batch_size=16, out=folder, **settings, **start)
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 from training_helpers import contents, identical, small_vae
 
 import pyro_vae as pv
-from pyro_vae.errors import CheckpointError
+from pyro_vae.errors import CheckpointError, RunPermissionError
 from pyro_vae.training.checkpoint import (
     CHECKSUM,
     HEADER,
@@ -143,6 +144,20 @@ def test_files_have_the_mode_of_the_umask(umask: int, mode: int, tmp_path: Path)
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tree.safetensors"
+    save_tree(path, {"a": torch.ones(3)})
+    before = contents(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(RunPermissionError, match=f"{path}.*No space left.*intact"):
+        save_tree(path, {"a": torch.zeros(3)})
+    assert contents(tmp_path) == before
 
 
 def test_no_file_and_no_folder(tmp_path: Path) -> None:

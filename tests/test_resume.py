@@ -25,7 +25,7 @@ from training_helpers import (
 )
 
 import pyro_vae as pv
-from pyro_vae.errors import ConfigError
+from pyro_vae.errors import CheckpointError, ConfigError
 from pyro_vae.training.checkpoint import load_tree
 
 
@@ -114,6 +114,26 @@ def test_interrupted_at_any_step_and_resumed(
     torch.manual_seed(12)
     run(name, folder, nothing)
     same_runs(whole(name, in_process=True), folder)
+
+
+def test_killed_before_the_first_checkpoint_it_starts_over(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise SystemExit
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_vae.training.checkpoint.save_tree", die)
+        with pytest.raises(SystemExit):
+            run("array", folder, nothing)
+    assert set(contents(folder)) == {"config.json"}
+    run("array", folder, nothing)
+    same_runs(whole("array", in_process=True), folder)
+    (folder / "checkpoint.safetensors").unlink()  # a lost checkpoint is another matter
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        run("array", folder, nothing)
+    assert (folder / "metrics.csv").exists()
 
 
 def test_interrupted_many_times(whole: Any, tmp_path: Path) -> None:

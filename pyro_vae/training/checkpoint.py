@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import CheckpointError
+from pyro_vae.errors import CheckpointError, RunPermissionError
 
 HEADER = "pyro_vae"
 CHECKSUM = "crc32"
@@ -31,20 +31,27 @@ def save_tree(path: Path, tree: Any) -> None:
     Raises:
         CheckpointError: the tree holds something that is neither tensor nor plain value; the
             message says where.
+        RunPermissionError: the file cannot be written (a full disk); the one before is intact.
     """
     encoder = _Encoder()
     header = json.dumps(encoder.encode(tree, ""))
     part = path.with_name(f".{path.name}.part")
     metadata = {HEADER: header, CHECKSUM: _checksum(header, encoder.tensors)}
-    # safetensors makes files for their owner alone; a new file has the mode that the user wants
-    part.unlink(missing_ok=True)
-    part.touch()
-    mode = part.stat().st_mode
-    safetensors.torch.save_file(encoder.tensors, part, metadata=metadata)
-    part.chmod(mode)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        # safetensors makes files for their owner alone; a new file has the mode the user wants
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = part.stat().st_mode
+        safetensors.torch.save_file(encoder.tensors, part, metadata=metadata)
+        part.chmod(mode)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (safetensors.SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise RunPermissionError(
+            f"cannot write {path}: {error}. What was there before, if anything, is intact"
+        ) from error
 
 
 def load_tree(path: Path) -> Any:

@@ -68,13 +68,18 @@ def read_config(folder: Path, entry: str) -> dict[str, Any]:
     return found
 
 
-def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_resumable(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Refuse to resume with settings that are not those of the run.
+
+    Returns:
+        Whether there is a checkpoint to go on from: a run killed before it wrote its first has
+        none, and starts over.
 
     Raises:
         CheckpointError: there is no run, its configuration is damaged, or it has other settings.
     """
-    if not (folder / CHECKPOINT).is_file():
+    begun = (folder / CHECKPOINT).is_file()
+    if not begun and ((folder / METRICS).exists() or not (folder / CONFIG).exists()):
         raise CheckpointError(f"there is nothing to resume in {folder}: no {CHECKPOINT}")
     before = read_config(folder, "fit")
     now = json.loads(json.dumps(settings, default=str))
@@ -84,6 +89,7 @@ def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"the run in {folder} has {name}={before.get(name)!r}, not {now[name]!r}: resume "
                 "with its own settings, or start another run"
             )
+    return begun
 
 
 def write_config(folder: Path, config: Mapping[str, Any], data: Any, *, fresh: bool) -> None:

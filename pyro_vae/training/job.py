@@ -198,8 +198,7 @@ def _prepare(
     loop: Loop, folder: Path, resume: bool, overwrite: bool, config: Mapping[str, Any], data: Any
 ) -> None:
     """Make the run folder, or take up the run in it; what is refused leaves it untouched."""
-    if resume:
-        check_resumable(folder, config["fit"])
+    if resume and check_resumable(folder, config["fit"]):
         loop.load(folder, config["fit"]["epochs"])
     if loop.fabric.is_global_zero:
         if not resume:
