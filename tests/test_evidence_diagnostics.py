@@ -16,7 +16,8 @@ from pyro_vae.evidence.diagnostics import (
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("num_samples", [200, 5000])
+# the sizes of the tails are whole here: ArviZ rounds others up until 0.23, down from 1.0 on
+@pytest.mark.parametrize("num_samples", [200, 10_000])
 def test_khat_is_that_of_arviz(num_samples: int) -> None:
     from pyro_vae.inference_data import psis_khat
 
