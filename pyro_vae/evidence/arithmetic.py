@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +74,8 @@ def _onednn_is_faster() -> bool:
     return torch.backends.mkldnn.is_available() and not made_by_intel
 
 
-_FASTER = {torch._C._nn.linear: _linear, torch.tanh: _tanh, torch.Tensor.tanh: _tanh}
+_FASTER: dict[Any, Callable[..., Tensor]] = {
+    torch._C._nn.linear: _linear,
+    torch.tanh: _tanh,
+    torch.Tensor.tanh: _tanh,
+}
