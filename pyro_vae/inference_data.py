@@ -79,30 +79,31 @@ def from_groups(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
         }
         for group, variables in groups.items()
     }
-    dims = {
-        name: ["datum", *(f"{name}_dim_{i}" for i in range(array.ndim - 1))]
-        for name, array in chained["observed_data"].items()
-    }
-    dims |= {
-        name: ["datum", *(f"{name}_dim_{i}" for i in range(array.ndim - 3))]
-        for name, array in chained["posterior"].items()
-    }
+    # log p(x|z) has the name of its site but not its features, so it is added with dimensions of
+    # its own
+    likelihood = {"log_likelihood": chained.pop("log_likelihood")}
+    by_datum = {name: ["datum"] for name in likelihood["log_likelihood"]}
+    dims = _dims(groups)
     attrs = {"inference_library": "pyro_vae", **versions()}
     if _major(arviz) < 1:
-        # log p(x|z) has the name of its site but not its features
-        likelihood = chained.pop("log_likelihood")
         data = arviz.from_dict(**chained, dims=dims, attrs=attrs)
-        data.add_groups(
-            {"log_likelihood": likelihood}, dims={name: ["datum"] for name in likelihood}
-        )
-        return data
-    sizes = {name: ["datum"] for name in chained["log_likelihood"]}
-    likelihood = chained.pop("log_likelihood")
-    data = arviz.from_dict(chained, dims=dims, attrs={"/": attrs})
-    data["log_likelihood"] = arviz.from_dict({"log_likelihood": likelihood}, dims=sizes)[
-        "log_likelihood"
-    ]
+        data.add_groups(likelihood, dims=by_datum)
+    else:
+        data = arviz.from_dict(chained, dims=dims, attrs={"/": attrs})
+        added = arviz.from_dict(likelihood, dims=by_datum)
+        data["log_likelihood"] = added["log_likelihood"]
     return data
+
+
+def _dims(groups: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, list[str]]:
+    """The names of every variable's dimensions after chain and draw."""
+    dims = {}
+    for group, variables in groups.items():
+        before = 1 if group == "observed_data" else 2  # (draw and) datum
+        for name, array in variables.items():
+            if group != "log_likelihood":
+                dims[name] = ["datum", *(f"{name}_dim_{i}" for i in range(array.ndim - before))]
+    return dims
 
 
 def psis_khat(log_w: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
@@ -67,26 +69,80 @@ def test_posterior_draws_are_calibrated_where_the_guide_is_not() -> None:
         assert scipy.stats.chisquare(counts).pvalue < 1e-6
 
 
+GROUPS = {
+    "posterior", "log_likelihood", "posterior_predictive", "prior", "prior_predictive",
+    "observed_data",
+}  # fmt: skip
+
+
+def group_names(data: object) -> set[str]:
+    """Of an InferenceData (ArviZ 0.23) or a DataTree (1.x)."""
+    return set(data.children) if hasattr(data, "children") else set(data.groups())
+
+
 def test_arviz_gets_every_group() -> None:
     import arviz as az
 
     pair, x = Binary.random(pixels=5, latent=2), all_images(5)[:8]
     evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=200)
     data = evidence.to_arviz(num_draws=30)
-    groups = {"posterior", "log_likelihood", "posterior_predictive", "prior", "prior_predictive"}
-    assert groups | {"observed_data"} <= set(data.groups())
-    assert data.posterior["z"].dims == ("chain", "draw", "datum", "z_dim_0")
-    assert data.posterior["z"].shape == (1, 30, 8, 2)
-    assert data.log_likelihood["x"].dims == ("chain", "draw", "datum")
-    assert data.posterior_predictive["x"].shape == (1, 30, 8, 5)
-    np.testing.assert_array_equal(data.observed_data["x"], x)
-    z = torch.as_tensor(data.posterior["z"].values[0])
+    assert group_names(data) == GROUPS
+    assert data["posterior"]["z"].dims == ("chain", "draw", "datum", "z_dim_0")
+    assert data["posterior"]["z"].shape == (1, 30, 8, 2)
+    assert data["log_likelihood"]["x"].dims == ("chain", "draw", "datum")
+    assert data["posterior_predictive"]["x"].dims == ("chain", "draw", "datum", "x_dim_0")
+    assert data["prior"]["z"].shape == (1, 30, 8, 2)
+    np.testing.assert_array_equal(data["observed_data"]["x"], x)
+    z = torch.as_tensor(data["posterior"]["z"].values[0])
     expected = torch.distributions.Bernoulli(logits=pair.decoder(z)).log_prob(x).sum(-1)
-    np.testing.assert_allclose(data.log_likelihood["x"][0], expected.detach(), rtol=1e-9)
+    np.testing.assert_allclose(data["log_likelihood"]["x"][0], expected.detach(), rtol=1e-9)
     assert len(az.summary(data, var_names="z", kind="stats")) == 16
     pieces = to_arviz(pair.model, pair.guide, x, num_draws=30, chunk_bytes=20_000)
-    np.testing.assert_array_equal(pieces.posterior["z"], data.posterior["z"])
-    np.testing.assert_allclose(pieces.log_likelihood["x"], data.log_likelihood["x"])
+    np.testing.assert_array_equal(pieces["posterior"]["z"], data["posterior"]["z"])
+    np.testing.assert_allclose(pieces["log_likelihood"]["x"], data["log_likelihood"]["x"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of so few draws, and of binary data
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib's, within ArviZ
+def test_arviz_draws_and_weighs_what_it_gets() -> None:
+    """ArviZ's own plots and statistics, of whichever version is installed."""
+    import arviz as az
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    pair, x = Binary.random(pixels=5, latent=2), all_images(5)[:6]
+    data = pv.log_marginal(pair.model, pair.guide, x, num_samples=200).to_arviz(num_draws=40)
+    az.plot_forest(data, var_names=["z"])
+    az.plot_trace(data, var_names=["z"])
+    predictive = az.plot_ppc_dist if hasattr(az, "plot_ppc_dist") else az.plot_ppc
+    predictive(data)
+    loo = az.loo(data, pointwise=True)
+    az.plot_khat(loo)
+    assert loo.n_data_points == 6
+    plt.close("all")
+
+
+def test_arviz_takes_scalars_matrices_and_sites_that_the_guide_leaves_out() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.3))
+            scalar = pyro.sample("scalar", dist.Normal(c, 1.0))
+            matrix = pyro.sample("matrix", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+            loc = scalar[..., None] + matrix.sum(-1)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("scalar", dist.Normal(x.mean(1), 1.0))
+            pyro.sample("matrix", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+    data = to_arviz(model, guide, torch.randn(4, 2), num_draws=7, num_samples=50)
+    assert data["posterior"]["scalar"].dims == ("chain", "draw", "datum")
+    assert data["posterior"]["matrix"].sizes == {
+        "chain": 1, "draw": 7, "datum": 4, "matrix_dim_0": 2, "matrix_dim_1": 3,
+    }  # fmt: skip
+    assert data["prior"]["c"].dims == ("chain", "draw", "datum")
+    assert data["posterior_predictive"]["x"].shape == (1, 7, 4, 2)
 
 
 def test_a_loaded_evaluation_has_no_model(tmp_path: object) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch import distributions as td
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from pyro_vae import programs
+from pyro_vae.evidence.arithmetic import slices
 from pyro_vae.evidence.pushforward import LOG_2PI, compact
 from pyro_vae.programs import Site
 
-SLICE_BYTES = 2**20
+# of numbers from 1/2 to 1, far from the smallest float32; an odd number of them adds some more
+LARGEST_PRODUCT = 16
 
 
 def log_prob(site: Site) -> Tensor:
@@ -27,24 +29,42 @@ def log_prob(site: Site) -> Tensor:
 
 
 def _bernoulli(logits: Tensor, x: Tensor) -> Tensor:
-    """-sum_d softplus((1 - 2 x_d) l_d): the log-density of binary x at logits `(*batch, D)`.
+    """sum_d log sigmoid(t_d), t_d = (2 x_d - 1) l_d: the log-density of binary x at logits l.
 
-    Works through the logits in slices that stay in the processor's cache. x may broadcast.
+    As min(t, 0) + log sigmoid(|t|), the last summed as the log of a product: its factors are
+    between 1/2 and 1, so many of them fit in a number, and one logarithm serves them all.
+
+    Args:
+        logits: `(*batch, D)`.
+        x: 0 and 1, broadcasting to `logits`.
     """
     small = compact(logits)
     if small.dim() == 3 and small.shape[1] == 1 != logits.shape[1] and x.dim() == 2:
-        # the same logits for every row (a grid): one matrix product for all pairs
+        # the same logits for every row (a grid): two matrix products for all pairs
         shared = small.squeeze(1)
-        return shared @ x.T - softplus(shared).sum(-1, keepdim=True)
-    sign = (1 - 2 * x).expand(logits.shape)
+        return logsigmoid(shared) @ x.T + logsigmoid(-shared) @ (1 - x).T
+    sign = (2 * x - 1).expand(logits.shape)
     if logits.requires_grad or logits.is_cuda:
-        return -softplus(sign * logits).sum(-1)
+        return logsigmoid(sign * logits).sum(-1)
     out = logits.new_empty(logits.shape[:-1])
-    step = max(1, SLICE_BYTES // (logits[0].numel() * logits.element_size()))
-    for start in range(0, len(logits), step):
-        part = slice(start, start + step)
-        torch.sum(softplus(sign[part] * logits[part]), -1, out=out[part])
-    return out.neg_()
+    for part, signs, result in slices(logits, sign, out):
+        t = signs * part
+        negative = t.clamp(max=0.0).sum(-1)
+        factors = _fold(t.abs_().sigmoid_()).log_()
+        torch.add(negative, factors.sum(-1), out=result)
+    return out
+
+
+def _fold(factors: Tensor) -> Tensor:
+    """Products along the last dimension of up to `LARGEST_PRODUCT` factors each."""
+    size = 1
+    while size < LARGEST_PRODUCT and factors.shape[-1] > 1:
+        half = factors.shape[-1] // 2
+        folded = factors[..., :half] * factors[..., half : 2 * half]
+        if factors.shape[-1] % 2:
+            folded[..., 0] *= factors[..., -1]
+        factors, size = folded, 2 * size
+    return factors
 
 
 def _normal(base: td.Normal, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_vae import programs
 from pyro_vae.errors import SiteError
 from pyro_vae.evidence import kernels
-from pyro_vae.evidence.products import FastProducts
+from pyro_vae.evidence.arithmetic import FastArithmetic
 from pyro_vae.evidence.sites import (
     check_enumerable,
     check_same_sites,
@@ -129,7 +129,7 @@ class Target:
 
     def _log_joint(self, pair: Pair, rows: range, values: Mapping[str, Tensor]) -> Tensor:
         self.evaluations += pair.num_particles * len(rows)
-        with FastProducts():
+        with FastArithmetic():
             sites = pair.sites_at(self.model, values)
         check_same_sites(sites, self.model_sites, "model", rows)
         total: Tensor | float = 0.0
