@@ -186,7 +186,7 @@ def training_study(
             run = pv.fit(
                 vae, data, objective=ESTIMATORS[name](1), epochs=epochs, seed=seed,
                 kl_schedule=pv.schedules.Warmup(warmup),
-                trackers=[pv.track_log_px(vae, held_out, every)],
+                trackers=[pv.track_log_px(vae, held_out, every)], compile=True,
             )  # fmt: skip
             runs.append({
                 "prior": prior, "estimator": name, "seed": seed,

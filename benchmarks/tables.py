@@ -29,13 +29,24 @@ def mnist(report: dict[str, Any]) -> str:
         [
             name,
             f"{row['elbo']:.2f}",
+            f"{row['elbo_first']:.2f}",
             f"{row['log_px']:.2f} ± {row['se_total']:.2f}",
             f"{row['seconds']:.0f} s",
         ]
-        for name, row in (("`pv.fit`", found["fit"]), ("by hand", found["by_hand"]))
+        for name, row in (
+            ("`pv.fit`", found["mean"]["fit"]),
+            ("by hand", found["mean"]["by_hand"]),
+        )
     ]
+    few = f"first {found['num_test']}"
     return table(
-        ["20 epochs", "test ELBO", f"L_{found['num_samples']}, {found['num_test']} images", "time"],
+        [
+            f"20 epochs, {len(found['runs'])} seeds",
+            "test ELBO",
+            few,
+            f"L_{found['num_samples']}, {few}",
+            "time",
+        ],
         rows,
     )
 
