@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from tqdm import tqdm
 
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend, Program, Results, signature
@@ -88,19 +90,17 @@ class Fused:
             for leaf in leaves
         ]
         args, kwargs = tree_unflatten(own, structure)
+        count = sum(map(len, self._programs.values())) + 1
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in own if isinstance(leaf, Tensor))
+        _tell(f"compiling for arguments of shape {shapes}: once, seconds to a minute ...")
         program = Program(
             lambda: self._computation(*args, **kwargs),
             [leaf for leaf in own if isinstance(leaf, Tensor)],
             self._territory,
             self._backend,
         )
-        count = sum(map(len, self._programs.values())) + 1
-        logger.info(
-            "compiled program %d: traced in %.1f s, compiled and checked in %.1f s",
-            count,
-            program.seconds["trace"],
-            program.seconds["compile"],
-        )
+        trace, compile = program.seconds["trace"], program.seconds["compile"]
+        _tell(f"traced in {trace:.1f} s, compiled and checked in {compile:.1f} s")
         if count == _MANY:
             warnings.warn(
                 f"compiled {count} times: every new shape, Python argument or Python attribute of "
@@ -109,6 +109,13 @@ class Fused:
                 stacklevel=2,
             )
         return program
+
+
+def _tell(message: str) -> None:
+    """Log it; and where somebody watches, say why nothing moves, beside a progress bar if any."""
+    logger.info(message)
+    if sys.stderr.isatty():
+        tqdm.write(f"pyro_vae: {message}", file=sys.stderr)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -1,0 +1,148 @@
+"""Samples a second of `fit`, data handling included, beside pythae's trainer.
+
+    python -m benchmarks.fit_throughput        # with pythae installed
+
+Both train a 784-400-20 tanh VAE with a Bernoulli likelihood on the same binary rows, batch 128,
+Adam at 1e-3 as each has it by default, an epoch of each in turn in one process: `fit` compiled and
+not, and pythae's `BaseTrainer` (its `train_step`, which is an epoch). Neither writes files.
+Reported: rows a second, medians over epochs, and the medians of the ratios to pythae's epoch in
+the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from pythae.data.datasets import BaseDataset
+from pythae.models import VAE, VAEConfig
+from pythae.models.base.base_utils import ModelOutput
+from pythae.models.nn import BaseDecoder, BaseEncoder
+from pythae.trainers import BaseTrainer, BaseTrainerConfig
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from benchmarks import report
+from pyro_vae.seeding import seeded
+
+COMMAND = "python -m benchmarks.fit_throughput"
+FEATURES, HIDDEN, LATENT, BATCH = 784, [400], 20, 128
+PEER, WAYS = "pythae", {"fit": False, "fit, compiled": True}
+
+
+class Encoder(BaseEncoder):  # type: ignore[misc]
+    """Our encoder network, as pythae calls it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        loc, log_variance = self.network(x.reshape(len(x), -1)).chunk(2, -1)
+        return ModelOutput(embedding=loc, log_covariance=log_variance)
+
+
+class Decoder(BaseDecoder):  # type: ignore[misc]
+    """Our decoder network, as pythae calls it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor) -> Any:
+        return ModelOutput(reconstruction=self.network(z).sigmoid().reshape(-1, 1, 28, 28))
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder, from the same seed for everyone."""
+    with seeded(0):
+        return (
+            pv.networks.MLP(FEATURES, HIDDEN, 2 * LATENT),
+            pv.networks.MLP(LATENT, HIDDEN, FEATURES),
+        )
+
+
+def pythae_epoch(x: Tensor) -> Callable[[int], Any]:
+    """An epoch of pythae's trainer."""
+    encoder, decoder = networks()
+    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=LATENT, reconstruction_loss="bce")
+    trainer = BaseTrainer(
+        model=VAE(config, encoder=Encoder(encoder), decoder=Decoder(decoder)),
+        train_dataset=BaseDataset(x.reshape(-1, 1, 28, 28), torch.zeros(len(x))),
+        training_config=BaseTrainerConfig(
+            per_device_train_batch_size=BATCH, learning_rate=1e-3,
+            no_cuda=not torch.cuda.is_available(),
+        ),
+    )  # fmt: skip
+    trainer.prepare_training()
+    return trainer.train_step
+
+
+def measure(x: Tensor, compile: bool, epochs: int) -> tuple[list[float], list[float]]:
+    """Seconds of each epoch of `fit`, and of pythae's beside it, without the first."""
+    peer = pythae_epoch(x)
+    ours: list[float] = []
+    theirs: list[float] = []
+    start = [time.perf_counter()]
+
+    def take_turns(epoch: int) -> Mapping[str, float]:
+        ours.append(time.perf_counter() - start[0])
+        began = time.perf_counter()
+        peer(epoch)
+        theirs.append(time.perf_counter() - began)
+        start[0] = time.perf_counter()
+        return {}
+
+    encoder, decoder = networks()
+    vae = pv.VAE(
+        pv.priors.StandardNormal(LATENT),
+        pv.likelihoods.Bernoulli(decoder),
+        pv.posteriors.DiagonalNormal(encoder),
+    )
+    pv.fit(
+        vae, x, objective=pv.ELBO(kl="analytic"), epochs=epochs, batch_size=BATCH, compile=compile,
+        trackers=[take_turns], progress=False,
+    )  # fmt: skip
+    return ours[1:], theirs[1:]
+
+
+def main() -> None:
+    """Measure, print, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=12_800)
+    parser.add_argument("--epochs", type=int, default=8)
+    options = parser.parse_args()
+    with seeded(1):
+        x = torch.bernoulli(torch.rand(options.rows, FEATURES) * 0.5)
+    speed: dict[str, float] = {}
+    ratios: dict[str, float] = {}
+    peers: list[float] = []
+    for name, compile in WAYS.items():
+        ours, theirs = measure(x, compile, options.epochs)
+        peers += theirs
+        speed[name] = options.rows / statistics.median(ours)
+        ratios[name] = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    speed[PEER] = options.rows / statistics.median(peers)
+    for name, value in speed.items():
+        print(f"{name:>14}: {value:9,.0f} rows/s", f"({ratios.get(name, 1.0):.2f}x pythae's)")
+    results = {"rows": options.rows, "rows_per_second": speed, "times_pythae": ratios}
+    report.write("fit_throughput", COMMAND, results, draw(speed))
+
+
+def draw(speed: dict[str, float]) -> Figure:
+    """Rows a second, as bars."""
+    figure = Figure(figsize=(6, 2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(speed), list(speed.values()), color=["C1", "C0", "C3"])
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    axes.set(xlabel="training samples a second", xlim=(0, 1.15 * max(speed.values())))
+    return figure
+
+
+if __name__ == "__main__":
+    main()
