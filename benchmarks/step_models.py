@@ -61,10 +61,15 @@ def cases() -> dict[str, Case]:
 
 def compiled(case: Case) -> Step:
     """This library's step."""
+    svi = compiled_svi(case)
+    return lambda: svi.step(*case.args)
+
+
+def compiled_svi(case: Case) -> pv.CompiledSVI:
+    """What takes this library's steps."""
     model, guide, module, _ = case.pair()
     optim = torch.optim.Adam(module.parameters(), LEARNING_RATE)
-    svi = pv.CompiledSVI(model, guide, optim, case.objective)
-    return lambda: svi.step(*case.args)
+    return pv.CompiledSVI(model, guide, optim, case.objective)
 
 
 def pyro_svi(case: Case, loss: Any) -> Step:

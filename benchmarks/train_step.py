@@ -5,8 +5,8 @@
 Every contender takes a few steps in its turn, round after round, NumPyro in a process of its own
 that sleeps in between; reported are medians over the rounds, the fastest rounds, and the medians of
 the ratios within a round. All full fp32, all reading the loss at every step, except NumPyro's
-`fori_loop`. Also reported: the seconds until the first compiled step is done, with an empty
-compilation cache and with one on disk, and the import time of `pyro_vae` against `import pyro`.
+`fori_loop`. Also reported: what the first compiled step takes, with an empty compilation cache and
+with one on disk, the peak memory, and the import time of `pyro_vae` against `import pyro`.
 
 The threads of PyTorch spin while they wait, which on a machine with other work costs milliseconds:
 there, set GOMP_SPINCOUNT=0. The load average stands in the results.
@@ -15,6 +15,7 @@ there, set GOMP_SPINCOUNT=0. The load average stands in the results.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -119,16 +120,29 @@ def _numpyro_has(name: str) -> bool:
     return f'"{name}"' in Path(__file__).with_name("step_numpyro.py").read_text()
 
 
-def start_up(name: str) -> dict[str, float]:
-    """Seconds of a first compiled step in a fresh process, by the state of the cache on disk."""
-    script = (
-        "import time, torch; from benchmarks import step_models\n"
-        f"step = step_models.compiled(step_models.cases()[{name!r}])\n"
-        "start = time.perf_counter(); step(); print(time.perf_counter() - start)"
+def start_up(name: str) -> dict[str, dict[str, float]]:
+    """A first compiled step in a fresh process, by the state of the cache on disk: seconds in all,
+    of tracing, and of compiling and checking; and the peak memory, MB, beside that by hand."""
+    ours = (
+        "svi = step_models.compiled_svi(case); svi.step(*case.args)\n"
+        "took = svi.compile_seconds[0]\n"
     )
+    by_hand = "step = step_models.by_hand(case, compile=False); step(); took = {}\n"
     with tempfile.TemporaryDirectory() as cache:
-        times = [_seconds(script, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2)]
-    return dict(zip(("empty_cache", "cache_on_disk"), times, strict=True))
+        empty, on_disk = (_fresh(name, ours, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2))
+    return {"empty_cache": empty, "cache_on_disk": on_disk, "by_hand": _fresh(name, by_hand)}
+
+
+def _fresh(name: str, step: str, **environment: str) -> dict[str, float]:
+    script = (
+        "import json, resource, time, torch; from benchmarks import step_models\n"
+        f"case = step_models.cases()[{name!r}]\n"
+        f"start = time.perf_counter()\n{step}"
+        "took['first_step'] = time.perf_counter() - start\n"
+        "took['peak_mb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "print(json.dumps(took))"
+    )
+    return json.loads(_run(script, **environment))
 
 
 def import_time(repeats: int = 7) -> dict[str, float]:
@@ -136,7 +150,7 @@ def import_time(repeats: int = 7) -> dict[str, float]:
     script = (
         "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
     )
-    pairs = [[_seconds(script.format(m)) for m in ("pyro_vae", "pyro")] for _ in range(repeats)]
+    pairs = [[float(_run(script.format(m))) for m in ("pyro_vae", "pyro")] for _ in range(repeats)]
     return {
         "pyro_vae": statistics.median(ours for ours, _ in pairs),
         "pyro": statistics.median(pyro for _, pyro in pairs),
@@ -144,12 +158,13 @@ def import_time(repeats: int = 7) -> dict[str, float]:
     }
 
 
-def _seconds(script: str, **environment: str) -> float:
+def _run(script: str, **environment: str) -> str:
+    """The last line that a script prints, in a process of its own."""
     result = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | environment, stdout=subprocess.PIPE,
         text=True, check=True,
     )  # fmt: skip
-    return float(result.stdout.split()[-1])
+    return result.stdout.splitlines()[-1]
 
 
 def plot(models: dict[str, Any]) -> Figure:
@@ -185,7 +200,7 @@ def main() -> None:
     results = {
         "models": models,
         "cuda": "not measured",
-        "start_up_seconds": {first: start_up(first)},
+        "start_up": {first: start_up(first)},
         "import_seconds": import_time(),
     }
     results["load_average"] = os.getloadavg()[0]

@@ -53,6 +53,11 @@ class Fused:
         self._backend = backend
         self._programs: dict[Any, list[Program]] = {}
 
+    @property
+    def seconds(self) -> list[dict[str, float]]:
+        """What each compilation took, "trace" and "compile" (the check included)."""
+        return [p.seconds for programs in self._programs.values() for p in programs]
+
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Any]:
         """The computation's tensors, the first differentiable, and its static rest."""
         results = self.run(*args, **kwargs)

@@ -84,6 +84,11 @@ class CompiledSVI:
         """The loss, in nats, without a step."""
         return self._fused.run(*args, **kwargs).outputs[0].item()
 
+    @property
+    def compile_seconds(self) -> list[dict[str, float]]:
+        """Seconds that each compilation so far took: `"trace"`, and `"compile"` with its check."""
+        return self._fused.seconds
+
     def _trained(self) -> Callable[[Tensor], bool]:
         """Whether a tensor is one of those that the optimizer trains."""
         if isinstance(self.optim, torch.optim.Optimizer):
