@@ -192,6 +192,9 @@ def sources(
     """
     check = getattr(vae, "check", check_finite)
     train, valid = getattr(data, "train", data), getattr(data, "valid", None)
+    for context in (getattr(split, "context", None) for split in (train, valid)):
+        if hasattr(vae, "check_context") and context is not None:
+            vae.check_context(context)
     return (
         _source(train, batch_size, fabric, dtype, check),
         None if valid is None else _fixed_source(valid, batch_size, fabric, dtype, check),
