@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
+from pyro_vae.likelihoods import check_finite
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.typing import Conditional, Distribution
@@ -44,18 +43,13 @@ class GaussianMixtureVAE(SemiSupervisedVAE):
             prior, Unconditional(likelihood), posterior, classifier, num_classes, label_weight, name
         )
 
-    @property
-    def likelihood(self) -> Any:
-        """The module (or callable) of p(x|z)."""
-        return self.model.likelihood.part
-
     def decode(self, z: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x|z)."""
         return self.likelihood(z)
 
 
 class Unconditional(nn.Module):
-    """A part that is not told its context."""
+    """A part that is not told its context, and is otherwise the part that it holds."""
 
     def __init__(self, part: Conditional) -> None:
         super().__init__()
@@ -63,3 +57,11 @@ class Unconditional(nn.Module):
 
     def forward(self, value: Tensor, context: Tensor | None = None) -> Distribution:
         return self.part(value)
+
+    def check(self, x: Tensor) -> None:
+        """See `Likelihood.check`."""
+        getattr(self.part, "check", check_finite)(x)
+
+    def initialize(self, train_mean: Tensor) -> None:
+        """See `Likelihood.initialize`."""
+        getattr(self.part, "initialize", lambda _: None)(train_mean)
