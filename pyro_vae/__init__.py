@@ -3,7 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae import distributions, errors, likelihoods, networks, posteriors, priors, schedules
+from pyro_vae import (
+    distributions,
+    errors,
+    likelihoods,
+    networks,
+    posteriors,
+    priors,
+    schedules,
+    variants,
+)
 from pyro_vae.data import Data, Split
 from pyro_vae.diagnostics import active_units
 from pyro_vae.objectives import ELBO, IWAE, MIWAE
@@ -47,6 +56,7 @@ __all__ = [
     "schedules",
     "track_log_px",
     "training",
+    "variants",
 ]
 
 # loaded at first use, so that `import pyro_vae` costs little more than `import pyro`

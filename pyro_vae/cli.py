@@ -94,7 +94,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
             f"{value} has unknown entries {unknown}; known: {sorted(known - {None})}"
         )
     for name, entry in entries.items():
-        if isinstance(entry, dict) or (isinstance(entry, list) and name != "hidden"):
+        if isinstance(entry, dict) or (isinstance(entry, list) and name not in ("hidden", "upper")):
             raise click.BadParameter(f"{value} has {name}={entry!r}, which is no single value")
     ctx.default_map = {**(ctx.default_map or {}), **entries}
     return value
@@ -124,6 +124,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     type=click.Choice(["dynamic", "fixed", "threshold", "none"]),
     default="dynamic",
     help="How grey values become binary.",
+)
+@click.option(
+    "--model",
+    default="vae",
+    help="vae, cvae (class in prior, likelihood and posterior), class_means (class moves the mean "
+    "of the prior), m2 (some labels known), gmvae (clusters) or hierarchical.",
 )
 @click.option("--prior", default="normal", help="p(z): normal, mixture, vamp or flow.")
 @click.option(
@@ -166,6 +172,19 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.option("--free-bits", type=float, default=0.0, help="Nats each latent dimension may keep.")
 @click.option(
     "--num-particles", type=click.IntRange(1), default=1, help="Draws per datum and step."
+)
+@click.option(
+    "--labels", type=click.IntRange(1), default=100, help="Training labels that m2 is told."
+)
+@click.option(
+    "--label-weight", type=float, default=0.1, help="Of m2's labels, each times N / labels."
+)
+@click.option("--clusters", type=click.IntRange(1), default=10, help="Of a gmvae.")
+@click.option(
+    "--upper",
+    type=Sizes(),
+    default="8",
+    help="Dimensions of a hierarchical model's latent layers above --latent, from the data up.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=100, help="In all.")
 @click.option("--batch-size", type=click.IntRange(1), default=128)
@@ -260,9 +279,9 @@ def evaluate(
 
     with new_output(run / EVIDENCE, overwrite) as file:
         vae, data, _ = load_run(run)
-        x = _part(data, part).x[:limit]
+        split = _part(data, part)[:limit]
         evidence = pv.log_marginal(
-            vae.model, vae.guide, x, num_samples=num_samples, method=method, seed=seed
+            vae.model, vae.guide, split, num_samples=num_samples, method=method, seed=seed
         )
         evidence.save(file)
     click.echo(f"{part}: {evidence}")
@@ -295,15 +314,15 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
     """Draw from RUN's model: E[x|z] and x, into RUN/samples.npz."""
     import numpy as np
 
-    from pyro_vae.recipes import load_run
+    from pyro_vae.recipes import load_run, sample_context
     from pyro_vae.seeding import seeded
     from pyro_vae.training.folder import SAMPLES, new_output
 
     with new_output(run / SAMPLES, overwrite) as file:
-        vae, _, _ = load_run(run)
+        vae, data, recipe = load_run(run)
         vae.eval()
         with seeded(seed):
-            likelihood = vae.generate(num)
+            likelihood = vae.generate(num, sample_context(recipe, data, num))
             x = likelihood.sample()
         np.savez(file, mean=likelihood.mean.numpy(), x=x.numpy())
     click.echo(f"{num} samples: E[x|z] as mean, draws of x as x, in {run / SAMPLES}")
@@ -316,27 +335,42 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
 def plot(run: Path, seed: int, overwrite: bool) -> None:
     """Draw RUN's figures into RUN/figures."""
     from pyro_vae import plots
-    from pyro_vae.recipes import load_run
+    from pyro_vae.recipes import load_run, sample_context
     from pyro_vae.training.folder import FIGURES, METRICS, PLOTS, new_output
 
     paths = {name: run / FIGURES / f"{name}.png" for name in PLOTS}
     with ExitStack() as outputs:
         files = {n: outputs.enter_context(new_output(p, overwrite)) for n, p in paths.items()}
         vae, data, recipe = load_run(run)
-        test = data.test.fixed()
+        test, shape = data.test.fixed(), data.image_shape
+        context, classes = sample_context(recipe, data, 64), _num_classes(recipe, data)
         figures: dict[str, Callable[[], Any]] = {
             "training_curves": lambda: plots.training_curves(run / METRICS),
-            "reconstructions": lambda: plots.reconstructions(vae, test.x, data.image_shape),
-            "samples": lambda: plots.samples(vae, data.image_shape, seed=seed),
-            "latent_map": lambda: plots.latent_map(vae, test.x, test.y),
-            "manifold": lambda: plots.manifold(vae, data.image_shape),
+            "reconstructions": lambda: plots.reconstructions(
+                vae, test.x, shape, context=test.context
+            ),
+            "samples": lambda: plots.samples(vae, shape, seed=seed, context=context),
+            "latent_map": lambda: plots.latent_map(vae, test.x, test.y, context=test.context),
+            "manifold": lambda: plots.manifold(vae, shape),
+            "class_grid": lambda: plots.class_grid(vae, classes, shape, seed=seed),
         }
-        if recipe.latent != 2:
+        if recipe.model != "vae" or recipe.latent != 2:
             del figures["manifold"]
+        if not hasattr(vae, "prior"):
+            del figures["latent_map"]
+        if not classes:
+            del figures["class_grid"]
         for name, draw in figures.items():
             draw().savefig(files[name], dpi=150, bbox_inches="tight")
     for name in figures:
         click.echo(str(paths[name]))
+
+
+def _num_classes(recipe: Any, data: Data) -> int:
+    """How many classes the model of a recipe can be asked for."""
+    if recipe.model == "gmvae":
+        return recipe.clusters
+    return data.num_classes if recipe.model in ("cvae", "class_means", "m2") else 0
 
 
 def _part(data: Data, name: str) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vae.errors import DataError
 
 Draw = Callable[[Tensor, torch.Generator | None], Tensor]
+UNKNOWN = -1  # the label of a datum whose class is not known
 
 
 def bernoulli_draw(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -26,6 +27,44 @@ def bernoulli_draw(x: Tensor, generator: torch.Generator | None = None) -> Tenso
     )
 
 
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels 0, 1, ... as indicators `(N, num_classes)`, in torch's default precision.
+
+    Raises:
+        DataError: a label is not one of `num_classes`; the message names it and its row.
+    """
+    bad = (labels < 0) | (labels >= num_classes) | (labels != labels.round())
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise DataError(
+            f"labels of {num_classes} classes are the whole numbers from 0 to {num_classes - 1}, "
+            f"but y[{row}] = {labels[row].item():g}"
+        )
+    return torch.nn.functional.one_hot(labels.long(), num_classes).to(torch.get_default_dtype())
+
+
+def hide_labels(labels: Tensor, keep: int, seed: int = 0) -> Tensor:
+    """Labels `(N,)` with all but `keep` of them replaced by -1, unknown.
+
+    Those kept are drawn from `seed`, as many of each class as of any other (one more of some where
+    `keep` does not divide), as in Kingma et al. 2014, section 4.
+
+    Raises:
+        DataError: a class has too few rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes = labels.unique()
+    hidden = torch.full(labels.shape, UNKNOWN, dtype=torch.long, device=labels.device)
+    for i, label in enumerate(classes):
+        rows = (labels == label).nonzero().squeeze(1)
+        number = keep // len(classes) + (i < keep % len(classes))
+        if number > len(rows):
+            raise DataError(f"{number} labels of class {label.item()} asked for, of {len(rows)}")
+        chosen = rows[torch.randperm(len(rows), generator=generator)[:number].to(rows.device)]
+        hidden[chosen] = labels[chosen].long()
+    return hidden
+
+
 @dataclass(frozen=True)
 class Split:
     """One array of data, a datum a row.
@@ -36,12 +75,19 @@ class Split:
         draw: what turns rows of `x` into what the model sees, anew at every visit (dynamic
             binarisation), or None where `x` is seen as it is.
         seed: of the one draw that `fixed` makes.
+        context: what each datum is conditioned on, `(N, ...)`, the second argument of model and
+            guide; None where they have none.
+
+    Raises:
+        DataError: no row, labels or contexts that are not one a row, or a context that is not
+            finite.
     """
 
     x: Tensor
     y: Tensor | None = None
     draw: Draw | None = None
     seed: int = 0
+    context: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.x.dim() < 2:
@@ -50,21 +96,32 @@ class Split:
             raise DataError(f"a split needs at least one datum; x has shape {tuple(self.x.shape)}")
         if self.y is not None and len(self.y) != len(self.x):
             raise DataError(f"{len(self.y)} labels for {len(self.x)} data")
+        if self.context is not None:
+            _check_context(self.context, len(self.x))
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: Any) -> Split:
         """The same split, of these rows only."""
-        y = None if self.y is None else self.y[rows]
-        return Split(self.x[rows], y, self.draw, self.seed)
+        y, context = (None if part is None else part[rows] for part in (self.y, self.context))
+        return replace(self, x=self.x[rows], y=y, context=context)
+
+    @property
+    def args(self) -> tuple[Tensor, ...]:
+        """The arguments of model and guide: `x`, and the context where there is one."""
+        return (self.x,) if self.context is None else (self.x, self.context)
 
     def fixed(self) -> Split:
         """This split with its random draw made once, from `seed`: a fixed test set."""
         if self.draw is None:
             return self
         generator = torch.Generator(self.x.device).manual_seed(self.seed)
-        return Split(self.draw(self.x, generator), self.y)
+        return replace(self, x=self.draw(self.x, generator), draw=None, seed=0)
+
+    def given(self, context: Tensor | None) -> Split:
+        """The same rows in another context."""
+        return replace(self, context=context)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """What `numpy.asarray` sees: the fixed data."""
@@ -98,3 +155,56 @@ class Data:
     def train_mean(self) -> Tensor:
         """Mean of the training data, `(features,)`: the decoder's initial output."""
         return self.train.x.mean(0)
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label.
+
+        Raises:
+            DataError: a split has no labels.
+        """
+        splits = [split for split in (self.train, self.valid, self.test) if split is not None]
+        labels = [split.y for split in splits if split.y is not None]
+        if len(labels) < len(splits):
+            raise DataError(f'"{self.name}" has no labels to make classes of')
+        return 1 + max(int(y.max()) for y in labels)
+
+    def given_classes(self) -> Data:
+        """The same data, each datum's class as its context: `(N, num_classes)`, one-hot.
+
+        Raises:
+            DataError: a split has no labels, or labels that are no whole numbers from 0 on.
+        """
+        number = self.num_classes
+
+        def given(split: Split) -> Split:
+            assert split.y is not None
+            return split.given(one_hot(split.y, number).to(split.x))
+
+        valid = None if self.valid is None else given(self.valid)
+        return replace(self, train=given(self.train), valid=valid, test=given(self.test))
+
+    def given_labels(self, keep: int, seed: int = 0) -> Data:
+        """The same data, `keep` training labels as context, the others unknown (-1).
+
+        Validation and test data are given none, so that their bound is that of log p(x).
+
+        Raises:
+            DataError: there are no labels, or too few of a class.
+        """
+        if self.train.y is None:
+            raise DataError(f'"{self.name}" has no training labels to keep')
+        labels = hide_labels(self.train.y, keep, seed)
+        return replace(self, train=self.train.given(labels))
+
+
+def _check_context(context: Tensor, rows: int) -> None:
+    if context.dim() == 0 or len(context) != rows:
+        raise DataError(f"{rows} data need as many contexts, got shape {tuple(context.shape)}")
+    bad = ~torch.isfinite(context)
+    if bad.any():
+        place = tuple(int(i) for i in bad.nonzero()[0])
+        raise DataError(
+            f"a context must be finite, but context[{', '.join(map(str, place))}] = "
+            f"{context[place].item():g}"
+        )

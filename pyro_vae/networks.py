@@ -186,10 +186,11 @@ def check_sizes(*sizes: int) -> list[int]:
 
 
 def concatenate(x: Tensor, context: Tensor | None) -> Tensor:
-    """`x` and its context side by side, the context broadcast over `x`'s leading dimensions."""
+    """`x` and its context side by side, the leading dimensions of both broadcast."""
     if context is None:
         return x
-    return torch.cat([x, context.expand(*x.shape[:-1], context.shape[-1])], dim=-1)
+    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    return torch.cat([part.expand(*batch, part.shape[-1]) for part in (x, context)], dim=-1)
 
 
 def _with_channels(image_shape: Sequence[int]) -> tuple[int, int, int]:

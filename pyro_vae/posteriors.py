@@ -60,6 +60,22 @@ class DiagonalNormal(nn.Module):
         return dist.Normal(loc, scale).to_event(1)
 
 
+class Classifier(nn.Module):
+    """q(y|x), a class among several, for the discrete latent of a mixture or of unlabelled data.
+
+    Args:
+        network: maps `(..., features)` to `(..., num_classes)` logits.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
+        """q(y|x), event shape `()`."""
+        return dist.Categorical(logits=self.network(concatenate(x, context)))
+
+
 class FullRankNormal(nn.Module):
     """A Normal with correlated dimensions, from the Cholesky factor of its covariance.
 

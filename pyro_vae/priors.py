@@ -99,6 +99,45 @@ class GaussianMixture(nn.Module):
         return NormalMixture(self.logits, self.loc, self.log_scale.exp())
 
 
+class ClassMeans(nn.Module):
+    """N(m_y, I): each class moves the mean of the standard normal, by a learned vector.
+
+    Its KL from a posterior of Normals is analytic. Give each datum's class as its context
+    (`Data.given_classes`).
+
+    Args:
+        num_classes, latent: sizes.
+        spread: standard deviation of the means at the start.
+
+    Raises:
+        ConfigError: a size is not a whole number of at least 1; or, at call, there is no context.
+        ShapeError: at call, a context that is not over `num_classes` classes.
+    """
+
+    scale: Tensor
+
+    def __init__(self, num_classes: int, latent: int, spread: float = 1.0) -> None:
+        super().__init__()
+        check_sizes(num_classes, latent)
+        self.means = nn.Parameter(spread * torch.randn(num_classes, latent))
+        self.register_buffer("scale", torch.ones(latent), persistent=False)
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        """p(z|y).
+
+        Args:
+            context: the classes, one-hot, `(..., num_classes)`.
+        """
+        if context is None:
+            raise ConfigError("ClassMeans needs each datum's class as its context, one-hot")
+        if context.shape[-1] != len(self.means):
+            raise ShapeError(
+                f"ClassMeans has {len(self.means)} classes, got a context of shape "
+                f"{tuple(context.shape)}"
+            )
+        return dist.Normal(context @ self.means, self.scale).to_event(1)
+
+
 class VampPrior(nn.Module):
     """The mixture of the posteriors at learned pseudo-inputs, (1/K) sum_k q(z|u_k)
     (Tomczak & Welling 2017, eq. 9).

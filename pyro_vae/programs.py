@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,11 +40,14 @@ class Run:
         model, guide: the sample sites by name, in the order in which they ran; without those of
             `pyro.deterministic`, which have no density.
         subsamples: the rows that each plate took, by the plate's name.
+        enumerated: the guide's sites that took all their values at once, and the dimension, left of
+            all plates, that the values are along; in the order in which they ran.
     """
 
     model: Mapping[str, Site]
     guide: Mapping[str, Site]
     subsamples: Mapping[str, Tensor] = field(default_factory=dict)
+    enumerated: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def observed(self) -> Iterator[tuple[str, Site]]:
@@ -74,6 +78,8 @@ class Pair:
 
     Attributes:
         num_particles: draws at once, in an outermost plate left of `nesting` dimensions of others.
+        enumerate: whether `run` gives the guide's sites marked `infer={"enumerate": "parallel"}`
+            all their values instead of one draw.
     """
 
     model: Program
@@ -82,6 +88,7 @@ class Pair:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     num_particles: int = 1
     nesting: int = 0
+    enumerate: bool = False
 
     def run(self) -> Run:
         """Draw from the guide and replay the model at the draws.
@@ -90,14 +97,16 @@ class Pair:
             SiteError: a latent site of the model has no counterpart in the guide; or, where Pyro's
                 validation is on, a site has batch dimensions that no plate declares.
         """
-        guide_trace = poutine.trace(self._vectorized(self.guide)).get_trace(
-            *self.args, **self.kwargs
-        )
+        guide = self._vectorized(self.guide)
+        if self.enumerate:
+            guide = poutine.enum(guide, first_available_dim=-1 - self._dims)
+        guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
         model_trace = poutine.trace(
             poutine.replay(self._vectorized(self.model), trace=guide_trace)
         ).get_trace(*self.args, **self.kwargs)
         subsamples = {**_subsamples(guide_trace), **_subsamples(model_trace)}
-        run = Run(_sample_sites(model_trace), _sample_sites(guide_trace), subsamples)
+        guide_sites = _sample_sites(guide_trace)
+        run = Run(_sample_sites(model_trace), guide_sites, subsamples, _enumerated(guide_sites))
         for name, _ in run.latent:
             if name not in run.guide:
                 raise SiteError(
@@ -105,9 +114,10 @@ class Pair:
                     f"are {sorted(run.guide)}: sample it there, or observe it in the model"
                 )
         if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace)
+            dims = self._dims if self.enumerate else sys.maxsize
+            check_model_guide_match(model_trace, guide_trace, dims)
             for name, site in [*run.model.items(), *run.guide.items()]:
-                _check_batch_shape(name, site)
+                _check_batch_shape(name, site, dims)
         return run
 
     def sites_at(self, program: Program, values: Mapping[str, Tensor]) -> dict[str, Site]:
@@ -119,6 +129,11 @@ class Pair:
         with substitute(values):
             trace = poutine.trace(self._vectorized(program)).get_trace(*self.args, **self.kwargs)
         return _sample_sites(trace)
+
+    @property
+    def _dims(self) -> int:
+        """Dimensions of plates, that of the particles included."""
+        return self.nesting + (self.num_particles > 1)
 
     def _vectorized(self, program: Program) -> Program:
         if self.num_particles == 1:
@@ -150,14 +165,6 @@ def log_prob(site: Site) -> Tensor:
 def masked(site: Site, value: Tensor) -> Tensor:
     """A batch-shaped tensor with zero where the site is masked out."""
     return scale_and_mask(value, 1.0, site["mask"])
-
-
-def scaled_sum(site: Site, value: Tensor) -> Tensor:
-    """Sum a batch-shaped tensor over the batch, with the site's scale (N/B of a subsampled plate,
-    `poutine.scale`). Leading dimensions beyond the batch shape stay."""
-    scaled = scale_and_mask(value, site["scale"], None)
-    batch_dims = len(site["fn"].batch_shape)
-    return scaled.sum(tuple(range(-batch_dims, 0))) if batch_dims else scaled
 
 
 def same_scale(a: Site, b: Site) -> bool:
@@ -308,10 +315,23 @@ def _subsamples(trace: poutine.Trace) -> dict[str, Any]:
     return {name: site["value"] for name, site in nodes if site_is_subsample(site)}
 
 
-def _check_batch_shape(name: str, site: Site) -> None:
+def _enumerated(guide: Mapping[str, Site]) -> dict[str, int]:
+    dims = {
+        n: s["infer"]["_enumerate_dim"] for n, s in guide.items() if "_enumerate_dim" in s["infer"]
+    }
+    if len(set(dims.values())) < len(dims):
+        raise SiteError(
+            f"the enumerated sites {list(dims)} share dimensions, as pyro.markov lets them: leave "
+            "pyro.markov out, or use pyro.infer.TraceEnum_ELBO"
+        )
+    return dims
+
+
+def _check_batch_shape(name: str, site: Site, dims: int) -> None:
+    """Left of `dims` dimensions are enumerated values, which no plate declares."""
     declared = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
     batch_shape = site["fn"].batch_shape
-    for dim in range(-len(batch_shape), 0):
+    for dim in range(-min(len(batch_shape), dims), 0):
         if batch_shape[dim] != 1 and dim not in declared:
             raise SiteError(
                 f'site "{name}" has batch shape {tuple(batch_shape)}, and no plate declares its '

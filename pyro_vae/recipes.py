@@ -5,22 +5,24 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pyro_vae import datasets, likelihoods, networks, posteriors, priors
-from pyro_vae.data import Data
+from pyro_vae import datasets, likelihoods, networks, posteriors, priors, variants
+from pyro_vae.data import Data, one_hot
 from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
 from pyro_vae.objectives import ELBO, IWAE, Objective
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import load_weights
 from pyro_vae.training.folder import CHECKPOINT, CONFIG, MODEL, read_config
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, Generative
 
 MakeNetwork = Callable[[int], nn.Module]  # from the number of outputs (a feature, for a decoder)
+SIZES = ("hidden", "upper")  # the entries of a recipe that are lists
 
 
 class NetworkPair(NamedTuple):
@@ -36,6 +38,7 @@ class Recipe:
 
     Attributes:
         data, split, binarize: see `datasets.load`.
+        model: a name in MODELS; what follows are its parts.
         prior, likelihood, posterior, network, objective: names in the registries of this module.
         components: of a mixture prior; pseudo-inputs of a VampPrior.
         latent: dimension of z.
@@ -43,12 +46,17 @@ class Recipe:
         scale: of a likelihood that has one: a number, "learned", "per_feature" or "predicted".
         kl, gradient, kl_weight, free_bits: see `ELBO` and `IWAE`.
         num_particles: draws per datum and step.
+        labels: training labels that an m2 model is told.
+        label_weight: of each of them, in units of N / labels (alpha / N of Kingma et al. 2014).
+        clusters: of a gmvae.
+        upper: dimensions of the latent layers above z_1 of a hierarchical model, from the data up.
         seed: of the weights, the data's fixed draws, and training.
     """
 
     data: str = "digits"
     split: str | None = None
     binarize: str | None = "dynamic"
+    model: str = "vae"
     prior: str = "normal"
     likelihood: str = "bernoulli"
     posterior: str = "diagonal"
@@ -63,6 +71,10 @@ class Recipe:
     kl_weight: float = 1.0
     free_bits: float = 0.0
     num_particles: int = 1
+    labels: int = 100
+    label_weight: float = 0.1
+    clusters: int = 10
+    upper: tuple[int, ...] = (8,)
     seed: int = 0
 
     @classmethod
@@ -80,14 +92,15 @@ class Recipe:
             if not _is_a(value, hints[name]):
                 kind = cls.__annotations__[name]
                 raise ConfigError(f"{name}={value!r} in a recipe should be of type {kind}")
-        hidden = tuple(entries.get("hidden", cls.hidden))
-        if any(size < 1 for size in hidden):
-            raise ConfigError(f"hidden={list(hidden)} in a recipe: sizes are at least 1")
-        return cls(**{**entries, "hidden": hidden})
+        sizes = {name: tuple(entries.get(name, getattr(cls, name))) for name in SIZES}
+        for name, value in sizes.items():
+            if any(size < 1 for size in value):
+                raise ConfigError(f"{name}={list(value)} in a recipe: sizes are at least 1")
+        return cls(**{**entries, **sizes})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON entries."""
-        return {**asdict(self), "hidden": list(self.hidden)}
+        return {**asdict(self), **{name: list(getattr(self, name)) for name in SIZES}}
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -99,25 +112,36 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def load_data(recipe: Recipe) -> Data:
-    """The data of a recipe, in its splits."""
-    return datasets.load(
+    """The data of a recipe, in its splits, with the context that its model takes."""
+    model = _look_up(MODELS, recipe.model, "model")
+    data = datasets.load(
         recipe.data, split=recipe.split, binarize=recipe.binarize, seed=recipe.seed
     )
+    return model.given(recipe, data)
 
 
-def build_vae(recipe: Recipe, data: Data) -> VAE:
-    """A fresh VAE: weights drawn from the recipe's seed, output bias from the training mean.
+def build_vae(recipe: Recipe, data: Data) -> Generative:
+    """A fresh model and guide: weights drawn from the recipe's seed, output bias from the training
+    mean.
 
     Raises:
         UnknownNameError: a name is in no registry; the message lists the known ones.
+        ConfigError: an option is given that the model has no use for.
+        DataError: the model is of classes, and the data have none.
     """
+    model = _look_up(MODELS, recipe.model, "model")
+    _refuse(recipe, f'model="{recipe.model}"', *sorted(OPTIONS_OF_MODELS - model.options))
     with seeded(derive(recipe.seed, 0)):
-        pair = _look_up(NETWORKS, recipe.network, "network")(recipe, data)
-        posterior = _look_up(POSTERIORS, recipe.posterior, "posterior")(recipe, pair.encoder)
-        likelihood = _look_up(LIKELIHOODS, recipe.likelihood, "likelihood")(recipe, pair.decoder)
-        prior = _look_up(PRIORS, recipe.prior, "prior")(recipe, data, posterior)
-    likelihood.initialize(data.train_mean())
-    return VAE(prior, likelihood, posterior).float()  # whatever torch's default is
+        vae = model.build(recipe, data)
+    vae.likelihood.initialize(data.train_mean())
+    return vae.float()  # whatever torch's default is
+
+
+def sample_context(recipe: Recipe, data: Data, num: int) -> Tensor | None:
+    """A context for `num` samples of a conditional model: the classes in turn."""
+    if not _look_up(MODELS, recipe.model, "model").conditional:
+        return None
+    return one_hot(torch.arange(num) % data.num_classes, data.num_classes).float()
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -125,7 +149,7 @@ def build_objective(recipe: Recipe) -> Objective:
     return _look_up(OBJECTIVES, recipe.objective, "objective")(recipe)
 
 
-def load_run(folder: str | Path) -> tuple[VAE, Data, Recipe]:
+def load_run(folder: str | Path) -> tuple[Generative, Data, Recipe]:
     """The trained VAE of a run folder that the command line made, its data and its recipe.
 
     Raises:
@@ -149,20 +173,25 @@ def load_run(folder: str | Path) -> tuple[VAE, Data, Recipe]:
 
 def _dense(
     kind: type[networks.MLP | networks.GatedMLP],
-) -> Callable[[Recipe, Data], NetworkPair]:
-    def build(recipe: Recipe, data: Data) -> NetworkPair:
+) -> Callable[[Recipe, Data, int], NetworkPair]:
+    def build(recipe: Recipe, data: Data, context: int) -> NetworkPair:
         there, back = list(recipe.hidden), list(reversed(recipe.hidden))
         return NetworkPair(
-            lambda outputs: kind(data.features, there, outputs),
-            lambda outputs: kind(recipe.latent, back, outputs * data.features),
+            lambda outputs: kind(data.features + context, there, outputs),
+            lambda outputs: kind(recipe.latent + context, back, outputs * data.features),
         )
 
     return build
 
 
-def _conv(recipe: Recipe, data: Data) -> NetworkPair:
+def _conv(recipe: Recipe, data: Data, context: int) -> NetworkPair:
     if data.image_shape is None:
         raise ConfigError(f'network="conv" needs images, and "{data.name}" has no image shape')
+    if context:
+        raise ConfigError(
+            f'network="conv" takes no class beside the image, as model="{recipe.model}" needs: '
+            "choose mlp or gated"
+        )
     *channels, height, width = data.image_shape
     there, back = list(recipe.hidden), list(reversed(recipe.hidden))
     in_channels = channels[0] if channels else 1
@@ -172,6 +201,70 @@ def _conv(recipe: Recipe, data: Data) -> NetworkPair:
             recipe.latent, back, (outputs * in_channels, height, width)
         ),
     )
+
+
+def _parts(recipe: Recipe, data: Data, q: int = 0, p: int = 0) -> tuple[nn.Module, nn.Module]:
+    """Posterior and likelihood, whose networks take contexts of sizes `q` and `p`."""
+    make = _look_up(NETWORKS, recipe.network, "network")
+    encoder, decoder = make(recipe, data, q).encoder, make(recipe, data, p).decoder
+    posterior = _look_up(POSTERIORS, recipe.posterior, "posterior")(recipe, encoder)
+    likelihood = _look_up(LIKELIHOODS, recipe.likelihood, "likelihood")(recipe, decoder)
+    return posterior, likelihood
+
+
+def _classifier(recipe: Recipe, data: Data, num_classes: int) -> nn.Module:
+    make = _look_up(NETWORKS, recipe.network, "network")
+    return posteriors.Classifier(make(recipe, data, 0).encoder(num_classes))
+
+
+def _vae(recipe: Recipe, data: Data) -> Generative:
+    posterior, likelihood = _parts(recipe, data)
+    prior = _look_up(PRIORS, recipe.prior, "prior")(recipe, data, posterior)
+    return VAE(prior, likelihood, posterior)
+
+
+def _cvae(recipe: Recipe, data: Data) -> Generative:
+    classes = data.num_classes
+    posterior, likelihood = _parts(recipe, data, classes, classes)
+    prior = posteriors.DiagonalNormal(networks.MLP(classes, [], 2 * recipe.latent))
+    return VAE(prior, likelihood, posterior)
+
+
+def _class_means(recipe: Recipe, data: Data) -> Generative:
+    posterior, likelihood = _parts(recipe, data)
+    prior = priors.ClassMeans(data.num_classes, recipe.latent)
+    return VAE(prior, variants.Unconditional(likelihood), variants.Unconditional(posterior))
+
+
+def _m2(recipe: Recipe, data: Data) -> Generative:
+    classes = data.num_classes
+    posterior, likelihood = _parts(recipe, data, classes, classes)
+    return variants.SemiSupervisedVAE(
+        priors.StandardNormal(recipe.latent), likelihood, posterior,
+        _classifier(recipe, data, classes), classes,
+        recipe.label_weight * len(data.train) / recipe.labels,
+    )  # fmt: skip
+
+
+def _gmvae(recipe: Recipe, data: Data) -> Generative:
+    posterior, likelihood = _parts(recipe, data, recipe.clusters)
+    classifier = _classifier(recipe, data, recipe.clusters)
+    return variants.GaussianMixtureVAE(
+        likelihood, posterior, classifier, recipe.clusters, recipe.latent
+    )
+
+
+def _hierarchical(recipe: Recipe, data: Data) -> Generative:
+    posterior, likelihood = _parts(recipe, data)
+    sizes = [recipe.latent, *recipe.upper]
+
+    def between(inputs: int, outputs: int) -> nn.Module:
+        return posteriors.DiagonalNormal(networks.MLP(inputs, recipe.hidden, 2 * outputs))
+
+    up = [between(below, above) for below, above in pairwise(sizes)]
+    down = [between(above, below) for below, above in pairwise(sizes)][::-1]
+    top = priors.StandardNormal(sizes[-1])
+    return variants.HierarchicalVAE(top, down, likelihood, [posterior, *up])
 
 
 def _standard_normal(recipe: Recipe, data: Data, posterior: nn.Module) -> nn.Module:
@@ -239,7 +332,33 @@ def _iwae(recipe: Recipe) -> Objective:
     return IWAE(recipe.num_particles, recipe.gradient)  # type: ignore[arg-type]
 
 
-NETWORKS: dict[str, Callable[[Recipe, Data], NetworkPair]] = {
+class Model(NamedTuple):
+    """A kind of model: how it is built, what its data are given, which options it alone takes."""
+
+    build: Callable[[Recipe, Data], Generative]
+    given: Callable[[Recipe, Data], Data] = lambda recipe, data: data
+    options: frozenset[str] = frozenset()
+    conditional: bool = False
+
+
+def _given_classes(recipe: Recipe, data: Data) -> Data:
+    return data.given_classes()
+
+
+def _given_labels(recipe: Recipe, data: Data) -> Data:
+    return data.given_labels(recipe.labels, recipe.seed)
+
+
+MODELS = {
+    "vae": Model(_vae, options=frozenset({"prior", "components"})),
+    "cvae": Model(_cvae, _given_classes, conditional=True),
+    "class_means": Model(_class_means, _given_classes, conditional=True),
+    "m2": Model(_m2, _given_labels, frozenset({"labels", "label_weight"})),
+    "gmvae": Model(_gmvae, options=frozenset({"clusters"})),
+    "hierarchical": Model(_hierarchical, options=frozenset({"upper"})),
+}
+OPTIONS_OF_MODELS = frozenset().union(*(model.options for model in MODELS.values()))
+NETWORKS: dict[str, Callable[[Recipe, Data, int], NetworkPair]] = {
     "mlp": _dense(networks.MLP),
     "gated": _dense(networks.GatedMLP),
     "conv": _conv,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import effectful
@@ -20,7 +21,62 @@ from pyro_vae.seeding import seeded
 from pyro_vae.typing import Conditional, Distribution
 
 
-class VAE(nn.Module):
+class Generative(nn.Module):
+    """Base of the models here: a `model` that draws latent variables and then x, and a `guide`.
+
+    Attributes:
+        model: a program of `(x, context)` with a site `"x"` and a part `likelihood` that it is
+            drawn from.
+        guide: a program of the same arguments.
+    """
+
+    model: Any
+    guide: Any
+
+    @property
+    def likelihood(self) -> Any:
+        """The module (or callable) that x is drawn from."""
+        return self.model.likelihood
+
+    @torch.no_grad()
+    def generate(
+        self, num_samples: int, context: Tensor | None = None, seed: int | None = None
+    ) -> Distribution:
+        """p(x|z) at `num_samples` draws of the latent variables: batch shape `(num_samples,)`.
+
+        The result's `.mean` is E[x|z], its `.sample()` draws x: two different pictures.
+
+        Args:
+            context: `(num_samples, ...)` where the model takes one.
+            seed: of the draws; None uses and advances torch's global generator.
+
+        Raises:
+            ShapeError: the context is not of `num_samples` rows.
+        """
+        if context is not None and len(context) != num_samples:
+            raise ShapeError(
+                f"{num_samples} samples need a context of as many rows, "
+                f"got one of shape {tuple(context.shape)}"
+            )
+        nothing = torch.empty(num_samples, 0)  # only its length matters where x is drawn
+        with seeded(seed), pyro.validation_enabled(False), poutine.trace() as tracer:
+            self._run_model(nothing, context)
+        return tracer.trace.nodes["x"]["fn"]
+
+    def _run_model(self, x: Tensor, context: Tensor | None) -> None:
+        """Run the model as it is, given the context, to generate."""
+        condition(self.model, x, context=context)
+
+    def check(self, x: Tensor) -> None:
+        """Raise unless the likelihood can take `x`, `(N, features)`: finite and in the support.
+
+        Raises:
+            DataError, SupportError: see `Likelihood.check`.
+        """
+        getattr(self.likelihood, "check", check_finite)(x)
+
+
+class VAE(Generative):
     """Pairs a model p(z) p(x|z) with a guide q(z|x) (Kingma & Welling 2013).
 
     Model and guide are `nn.Module`s with sites `"z"` and `"x"` in the plate `"data"`; each is
@@ -59,55 +115,17 @@ class VAE(nn.Module):
         return self.model.prior
 
     @property
-    def likelihood(self) -> Any:
-        """The module (or callable) of p(x|z)."""
-        return self.model.likelihood
-
-    @property
     def posterior(self) -> Any:
         """The module (or callable) of q(z|x)."""
         return self.guide.posterior
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Distribution:
         """q(z|x): batch shape `x.shape[:-1]`, event shape `(latent,)`."""
-        return _condition(self.posterior, x, context=context)
+        return condition(self.posterior, x, context=context)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x|z): batch shape `z.shape[:-1]`, event shape `(features,)`."""
-        return _condition(self.likelihood, z, context=context)
-
-    @torch.no_grad()
-    def generate(
-        self, num_samples: int, context: Tensor | None = None, seed: int | None = None
-    ) -> Distribution:
-        """p(x|z) at `num_samples` draws of z from the prior: batch shape `(num_samples,)`.
-
-        The result's `.mean` is E[x|z], its `.sample()` draws x: two different pictures.
-
-        Args:
-            context: `(num_samples, ...)` where the parts take one.
-            seed: of the draws; None uses and advances torch's global generator.
-
-        Raises:
-            ShapeError: the context is not of `num_samples` rows.
-        """
-        if context is not None and len(context) != num_samples:
-            raise ShapeError(
-                f"{num_samples} samples need a context of as many rows, "
-                f"got one of shape {tuple(context.shape)}"
-            )
-        with seeded(seed):
-            prior = _condition(self.prior, context=context)
-            shape = () if prior.batch_shape else (num_samples,)
-            return self.decode(prior.sample(torch.Size(shape)), context)
-
-    def check(self, x: Tensor) -> None:
-        """Raise unless this VAE can take `x`, `(N, features)`: finite and in the support.
-
-        Raises:
-            DataError, SupportError: see `Likelihood.check`.
-        """
-        getattr(self.likelihood, "check", check_finite)(x)
+        return condition(self.likelihood, z, context=context)
 
     def check_shape(self, x: Tensor, context: Tensor | None = None) -> None:
         """Raise `ShapeError` unless the three parts fit each other and a datum like those of `x`.
@@ -117,7 +135,7 @@ class VAE(nn.Module):
         """
         row = None if context is None else context[:1]
         with torch.no_grad(), seeded(0), evaluating(self):
-            prior = _condition(self.prior, context=row)
+            prior = condition(self.prior, context=row)
             q = self.encode(x[:1], row)
             if q.event_shape != prior.event_shape:
                 raise ShapeError(
@@ -132,8 +150,9 @@ class VAE(nn.Module):
             )
 
 
-class _Program(nn.Module):
-    """A Pyro program over its own parameters, registered under a name of its own."""
+class ProgramModule(nn.Module):
+    """Base of Pyro programs that are modules: their parameters are known to Pyro under a name of
+    their own, once `forward` has called `_register`."""
 
     def __init__(self, name: str | None) -> None:
         super().__init__()
@@ -184,7 +203,7 @@ class _Program(nn.Module):
         store._param_to_name[parameter] = full
 
 
-class Model(_Program):
+class Model(ProgramModule):
     """The Pyro model: z ~ p(z), x ~ p(x|z), for every datum in the plate "data"."""
 
     def __init__(self, prior: Conditional, likelihood: Conditional, name: str | None) -> None:
@@ -196,12 +215,12 @@ class Model(_Program):
         """Run the model with data `x`, `(N, features)`, observed; returns z."""
         self._register()
         with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", _condition(self.prior, context=context))
-            pyro.sample("x", _condition(self.likelihood, z, context=context), obs=x)
+            z = pyro.sample("z", condition(self.prior, context=context))
+            pyro.sample("x", condition(self.likelihood, z, context=context), obs=x)
         return z
 
 
-class Guide(_Program):
+class Guide(ProgramModule):
     """The Pyro guide: z ~ q(z|x), for every datum in the plate "data"."""
 
     def __init__(self, posterior: Conditional, name: str | None) -> None:
@@ -212,7 +231,7 @@ class Guide(_Program):
         """Run the guide on data `x`, `(N, features)`; returns z."""
         self._register()
         with pyro.plate("data", len(x), dim=-1):
-            return pyro.sample("z", _condition(self.posterior, x, context=context))
+            return pyro.sample("z", condition(self.posterior, x, context=context))
 
 
 def _announce(full: str, parameter: Tensor) -> None:
@@ -223,7 +242,7 @@ def _announce(full: str, parameter: Tensor) -> None:
     )
 
 
-def _condition(part: Conditional, *args: Tensor, context: Tensor | None) -> Distribution:
+def condition(part: Conditional, *args: Tensor, context: Tensor | None) -> Distribution:
     """Call a part; a callable that knows nothing of contexts is not troubled with one."""
     return part(*args) if context is None else part(*args, context)
 

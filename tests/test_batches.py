@@ -104,6 +104,16 @@ def test_draws_are_made_anew_but_the_first_look_costs_nothing() -> None:
     assert source.first()[0].shape == (2, split.x.shape[1])
 
 
+def test_contexts_come_with_their_rows() -> None:
+    for context, dtype in ((numbered(9).float(), torch.float64), (torch.arange(9), torch.int64)):
+        split = pv.Split(numbered(9), draw=lambda x, _: x + 0.5, context=context)
+        batches = list(Resident(split, 4, CPU, torch.float64).epoch(seed=2))
+        assert [len(batch) for batch in batches] == [2, 2, 2]
+        for x, c in batches:
+            assert c.dtype == dtype
+            assert torch.equal(x.flatten(), c.flatten() + 0.5)
+
+
 def test_integers_become_the_models_floats() -> None:
     split = pv.Split((numbered(6) % 2).to(torch.uint8))
     (batch,) = next(Resident(split, 3, CPU, torch.float32).epoch(0))

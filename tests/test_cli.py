@@ -57,6 +57,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+MODEL_OPTIONS = {
+    "cvae": [],
+    "class_means": [],
+    "m2": ["--labels", "50"],
+    "gmvae": ["--clusters", "4"],
+    "hierarchical": ["--upper", "3,2"],
+}
+
+
+@pytest.mark.parametrize("model", MODEL_OPTIONS)
+def test_every_model_goes_through_every_command(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / model
+    run("train", "--out", folder, "--model", model, *MODEL_OPTIONS[model], *FAST)
+    said = run("evaluate", folder, "--num-samples", "5", "--limit", "6", "--method", "is").stdout
+    assert "log p(x)" in said
+    assert len(np.load(folder / "evidence.npz", allow_pickle=False)["log_px"]) == 6
+    run("sample", folder, "--num", "12")
+    with np.load(folder / "samples.npz") as samples:
+        assert samples["mean"].shape == samples["x"].shape == (12, 64)
+    run("plot", folder)
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    expected = {"training_curves", "reconstructions", "samples"}
+    if model == "hierarchical":
+        assert names == expected
+    else:
+        assert names == expected | {"latent_map", "class_grid"}
+    assert "no use for" in run("train", "--out", tmp_path / "b", "--upper", "3", code=1).stderr
+
+
 def test_train_leaves_a_run_folder(trained: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     assert config["recipe"]["data"] == "digits"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyro_vae import Data, Split
-from pyro_vae.data import bernoulli_draw
+from pyro_vae.data import UNKNOWN, bernoulli_draw, hide_labels, one_hot
 from pyro_vae.errors import DataError
 
 
@@ -73,3 +73,60 @@ def test_data_knows_its_features_and_mean():
     assert data.features == 6
     np.testing.assert_allclose(data.train_mean(), train.x.numpy().mean(0))
     assert Data(Split(torch.rand(5, 2, 3)), None, train).features == 6
+
+
+def test_contexts_go_with_their_rows():
+    x, context = torch.rand(5, 3), torch.arange(10.0).reshape(5, 2)
+    split = Split(x, draw=bernoulli_draw, context=context)
+    assert torch.equal(split[1:3].context, context[1:3])
+    assert torch.equal(split[[4, 0]].context, context[[4, 0]])
+    assert torch.equal(split.fixed().context, context)
+    assert split.fixed().draw is None
+    assert [len(Split(x).args), len(split.args)] == [1, 2]
+    assert split.given(None).context is None
+
+
+@pytest.mark.parametrize(
+    ("context", "words"),
+    [
+        (torch.zeros(4, 2), "5 data need as many contexts"),
+        (torch.tensor(1.0), "as many contexts"),
+        (torch.tensor([[0.0, 1.0]] * 4 + [[0.0, float("nan")]]), r"context\[4, 1\] = nan"),
+        (torch.tensor([0.0, float("inf"), 0, 0, 0]), r"context\[1\] = inf"),
+    ],
+)
+def test_contexts_that_are_refused(context, words):
+    with pytest.raises(DataError, match=words):
+        Split(torch.rand(5, 3), context=context)
+
+
+def labelled(n: int, classes: int = 3) -> Split:
+    return Split(torch.rand(n, 2), torch.arange(n) % classes)
+
+
+def test_classes_as_context():
+    data = Data(labelled(6), None, labelled(4)).given_classes()
+    assert data.num_classes == 3
+    assert torch.equal(data.train.context, torch.eye(3).repeat(2, 1))
+    assert data.train.context.dtype == data.train.x.dtype
+    assert data.test.context.shape == (4, 3)
+    assert data.valid is None
+    for labels, words in (([0, 1, 3], r"y\[2\] = 3"), ([0, -1], "= -1"), ([0.5], r"= 0\.5")):
+        with pytest.raises(DataError, match=words):
+            one_hot(torch.tensor(labels), 3)
+    with pytest.raises(DataError, match="no labels"):
+        Data(labelled(3), Split(torch.rand(2, 2)), labelled(3)).given_classes()
+
+
+def test_hidden_labels_are_balanced():
+    data = Data(labelled(30), labelled(6), labelled(6)).given_labels(8, seed=1)
+    known = data.train.context
+    counts = [int((known == label).sum()) for label in range(3)]
+    assert counts == [3, 3, 2]
+    assert ((known == UNKNOWN) | (known == data.train.y)).all()
+    assert data.valid.context is None
+    assert not torch.equal(known, hide_labels(data.train.y, 8, seed=2))
+    with pytest.raises(DataError, match="10 labels of class"):
+        hide_labels(torch.arange(6) % 2, 20)
+    with pytest.raises(DataError, match="no training labels"):
+        Data(Split(torch.rand(2, 2)), None, labelled(3)).given_labels(1)

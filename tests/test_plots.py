@@ -19,6 +19,7 @@ from pyro_vae import plots
 from pyro_vae.errors import ConfigError, DataError, ShapeError
 from pyro_vae.likelihoods import Bernoulli, Normal
 from pyro_vae.networks import MLP
+from pyro_vae.plots import latent
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 
@@ -553,3 +554,75 @@ def test_inputs_take_the_precision_of_the_vae():
     vae = make_vae().float()
     assert plots.reconstructions(vae, binary(3).numpy(), SHAPE).axes[0].images
     assert plots.latent_map(vae, pv.Split(binary(3))).axes
+
+
+# --- contexts and classes -----------------------------------------------------------------------
+
+
+def class_vae():
+    """Three classes in prior, likelihood and posterior."""
+    torch.manual_seed(8)
+    return pv.VAE(
+        pv.priors.ClassMeans(3, 2),
+        Bernoulli(MLP(2 + 3, [8], 12)),
+        DiagonalNormal(MLP(12 + 3, [8], 4)),
+    )
+
+
+def semi_supervised():
+    torch.manual_seed(9)
+    return pv.variants.SemiSupervisedVAE(
+        StandardNormal(2),
+        Bernoulli(MLP(2 + 3, [8], 12)),
+        DiagonalNormal(MLP(12 + 3, [8], 4)),
+        pv.posteriors.Classifier(MLP(12, [8], 3)),
+        3,
+    )
+
+
+@pytest.mark.parametrize("make", [class_vae, semi_supervised])
+def test_class_grid_has_a_row_a_class_and_a_column_a_noise(make):
+    vae = make()
+    figure = plots.class_grid(vae, 3, SHAPE, num=4, seed=5)
+    shown = cells(figure.axes[0], 4)
+    assert len(shown) == 12
+    for y in range(3):
+        labels = torch.full((4,), y)
+        context = torch.eye(3)[labels] if make is class_vae else labels
+        expected = vae.generate(4, context, seed=5).mean.numpy()
+        np.testing.assert_allclose(shown[4 * y : 4 * y + 4].reshape(4, -1), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [class_vae, semi_supervised])
+def test_analogies_decode_the_style_of_a_datum_in_every_class(make):
+    vae, x, y = make(), binary(5), torch.tensor([2, 0, 1, 1, 2])
+    shown = cells(plots.analogies(vae, x, y, 3, SHAPE, num=4).axes[0], 4).reshape(4, 4, -1)
+    np.testing.assert_array_equal(shown[:, 0], x[:4])
+    one = torch.eye(3)
+    with torch.no_grad():
+        q = vae.encode(x[:4], one[y[:4]] if make is class_vae else y[:4]).mean
+        for c in range(3):
+            labels = torch.full((4,), c)
+            p = vae.decode(q, one[labels] if make is class_vae else labels)
+            np.testing.assert_allclose(shown[:, 1 + c], p.mean, rtol=1e-6)
+
+
+def test_contexts_reach_encoder_decoder_and_prior():
+    vae, x = class_vae(), binary(6)
+    context = torch.eye(3)[[0, 1, 2, 0, 0, 1]]
+    figure = plots.reconstructions(vae, x, SHAPE, num=6, context=context)
+    with torch.no_grad():
+        expected = vae.decode(vae.encode(x, context).mean, context).mean.numpy()
+    np.testing.assert_allclose(cells(figure.axes[0], 6)[6:].reshape(6, -1), expected, rtol=1e-6)
+    prior = latent._prior(vae, context)
+    z = torch.randn(4, 2)
+    means, weights = vae.prior.means.detach(), np.array([3, 2, 1]) / 6
+    density = sum(
+        w * stats.multivariate_normal(m.numpy(), np.eye(2)).pdf(z)
+        for w, m in zip(weights, means, strict=True)
+    )
+    np.testing.assert_allclose(prior.log_prob(z).exp().detach(), density, rtol=1e-9)
+    plots.latent_map(vae, x, torch.arange(6) % 3, context=context).draw_without_rendering()
+    with pytest.raises(ShapeError, match="6 data need as many contexts"):
+        plots.latent_map(vae, x, context=context[:2])
+    assert np.isfinite(cells(plots.samples(vae, SHAPE, 6, context=context).axes[0], 3)).all()

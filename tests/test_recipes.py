@@ -1,7 +1,8 @@
 """Recipes: every registered part builds and trains as the command line does it."""
 
+import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch
 import pyro_vae as pv
 from pyro_vae import cli, recipes
 from pyro_vae.data import Data, Split
-from pyro_vae.errors import ConfigError, UnknownNameError
+from pyro_vae.errors import ConfigError, DataError, UnknownNameError
 from pyro_vae.recipes import Recipe, build_objective, build_vae
 from pyro_vae.training import devices
 
+KINDS = ["model", "prior", "likelihood", "posterior", "network", "objective"]
 EACH = [
     *({"prior": name} for name in ("normal", "flow")),
     *({"prior": name, "components": 4} for name in ("mixture", "vamp")),
@@ -22,29 +24,42 @@ EACH = [
     *({"likelihood": "normal", "scale": form} for form in (0.5, "per_feature", "predicted")),
     {"objective": "iwae", "num_particles": 3, "gradient": "dreg"},
     {"kl": "monte_carlo", "gradient": "stl"},
+    *({"model": name} for name in recipes.MODELS),
+    {"model": "m2", "labels": 5, "label_weight": 0.2, "network": "gated"},
+    {"model": "gmvae", "clusters": 3, "posterior": "full_rank"},
+    {"model": "hierarchical", "upper": (4, 2)},
 ]
 
 
 def data() -> Data:
     """Zeros and ones, which every likelihood here takes."""
     x = (torch.rand(40, 36, generator=torch.Generator().manual_seed(0)) < 0.3).float()
-    return Data(Split(x[:20]), Split(x[20:30]), Split(x[30:]), image_shape=(6, 6))
+    y = torch.arange(40) % 2
+    splits = (Split(x[rows], y[rows]) for rows in (slice(20), slice(20, 30), slice(30, 40)))
+    return Data(*splits, image_shape=(6, 6))
+
+
+def given(recipe: Recipe) -> Data:
+    """The data as `load_data` hands them to a model."""
+    return recipes.MODELS[recipe.model].given(replace(recipe, labels=6), data())
 
 
 @pytest.mark.parametrize("entries", EACH, ids=str)
 def test_each_part_builds_and_trains(entries: dict) -> None:
     recipe = Recipe(latent=3, **entries)
-    vae = build_vae(recipe, data())
+    vae = build_vae(recipe, given(recipe))
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
-    run = pv.fit(vae, data(), objective=build_objective(recipe), epochs=2, batch_size=10)
+    objective = build_objective(recipe)
+    run = pv.fit(vae, given(recipe), objective=objective, epochs=2, batch_size=10)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in run.metrics)
     moved = [name for name, p in vae.named_parameters() if not torch.equal(p, before[name])]
     assert moved == list(before)
 
 
 def test_a_recipe_survives_json_and_its_seed_fixes_the_weights() -> None:
+    for recipe in (Recipe(model="hierarchical", upper=(3, 2)), Recipe(hidden=(5, 4), seed=3)):
+        assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     recipe = Recipe(latent=3, hidden=(5, 4), prior="vamp", components=4, seed=3)
-    assert Recipe.from_json(recipe.to_json()) == recipe
     first, second = (build_vae(recipe, data()).state_dict() for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
 
@@ -55,7 +70,9 @@ def test_different_seeds_give_different_weights() -> None:
     assert not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["prior", "likelihood", "posterior", "network", "objective"])
+@pytest.mark.parametrize(
+    "kind", ["model", "prior", "likelihood", "posterior", "network", "objective"]
+)
 def test_unknown_names_list_the_known(kind: str) -> None:
     registry = getattr(recipes, f"{kind}s".upper())
     recipe = Recipe(**{kind: "nothing"})
@@ -63,6 +80,28 @@ def test_unknown_names_list_the_known(kind: str) -> None:
         build_vae(recipe, data())
         build_objective(recipe)
     assert all(name in str(caught.value) for name in registry)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"labels": 7}, r'model="vae" has no use for labels \(--labels\)'),
+        ({"model": "cvae", "prior": "vamp"}, "no use for prior"),
+        ({"model": "m2", "clusters": 3}, "no use for clusters"),
+        ({"model": "hierarchical", "label_weight": 0.3}, "--label-weight"),
+        ({"model": "m2", "network": "conv"}, 'conv" takes no class'),
+    ],
+)
+def test_options_that_a_model_has_no_use_for(entries: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_vae(Recipe(**entries), data())
+
+
+@pytest.mark.parametrize("model", ["cvae", "class_means", "m2"])
+def test_models_of_classes_need_labels(model: str) -> None:
+    unlabelled = Data(*(Split(torch.zeros(4, 36)) for _ in range(3)))
+    with pytest.raises(DataError, match="labels"):
+        recipes.MODELS[model].given(Recipe(model=model), unlabelled)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +169,9 @@ def test_every_recipe_field_is_an_option_of_train() -> None:
     assert {f.name for f in fields(Recipe)} <= options
 
 
-@pytest.mark.parametrize("kind", ["prior", "likelihood", "posterior", "network", "objective"])
+@pytest.mark.parametrize(
+    "kind", ["model", "prior", "likelihood", "posterior", "network", "objective"]
+)
 def test_the_help_names_every_registered_part(kind: str) -> None:
     from pyro_vae.cli import train
 

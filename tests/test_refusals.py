@@ -204,7 +204,7 @@ def test_labels_that_were_taken_as_context(make: Any, labels: Tensor, tmp_path: 
     loader = DataLoader(TensorDataset(binary(48), labels), 16)
     with pytest.raises(
         (ConfigError, ShapeError),
-        match="second tensor is passed to model and guide as `context`: where it holds labels",
+        match="second tensor, is passed to model and guide as `context`: where it holds labels",
     ):
         pv.fit(make(), loader, out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

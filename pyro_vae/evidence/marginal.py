@@ -60,7 +60,8 @@ def log_marginal(
             (`pyro.plate("data", size, subsample=x)`), sites masked, and the KL weighted: scales do
             not enter, masked values are integrated out where the mask is on the observed site.
         x: data, `(N, ...)`: a tensor, a `Split`, or what `torch.as_tensor` takes. A `Split` that
-            is binarised anew at every visit is binarised once, as its `fixed()` says.
+            is binarised anew at every visit is binarised once, as its `fixed()` says; its context
+            is the programs' second argument.
         args: further arguments of the programs; tensors of length N are taken by row.
         num_samples: K, exactly.
         method: "is", importance sampling. "ais", annealed importance sampling (Neal 2001) by
@@ -152,7 +153,8 @@ def prepare(
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Data on the device, and real numbers in the precision, of the programs' parameters."""
     if isinstance(x, Split):
-        x = x.fixed().x
+        x, *context = x.fixed().args
+        args = (*context, *args)
     x = torch.as_tensor(x if isinstance(x, Tensor) else np.asarray(x))
     if x.dim() == 0 or len(x) == 0:
         raise DataError(f"there is no datum to evaluate: x has shape {tuple(x.shape)}")

@@ -55,8 +55,9 @@ class Likelihood(nn.Module):
         """The network's outputs at z, one tensor a parameter, and their event dimensions."""
         if self.network is None:
             raise ConfigError(f"{type(self).__name__} has no network: give it one, or use Columns")
-        outputs = self.network(concatenate(z, context))
-        event_dim = outputs.dim() - z.dim() + 1
+        inputs = concatenate(z, context)
+        outputs = self.network(inputs)
+        event_dim = outputs.dim() - inputs.dim() + 1
         size, parts = outputs.shape[-event_dim], self.outputs_per_feature
         if size % parts:
             raise ShapeError(

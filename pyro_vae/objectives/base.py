@@ -16,7 +16,7 @@ from pyro_vae.errors import ConfigError, SiteError
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
-Estimator = Literal["analytic", "monte_carlo"]
+Estimator = Literal["analytic", "monte_carlo", "enumerated"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,11 @@ class Objective(pyro.infer.ELBO):
             return Pair(model, guide, args, kwargs)
         if self.max_plate_nesting == float("inf"):
             self.max_plate_nesting = programs.plate_nesting(model, guide, args, kwargs)
-        return Pair(model, guide, args, kwargs, self.num_particles, int(self.max_plate_nesting))
+        nesting = int(self.max_plate_nesting)
+        return Pair(model, guide, args, kwargs, self.num_particles, nesting, self._enumerates)
 
     _needs_plates = False
+    _enumerates = False
 
     def _get_trace(self, *_: Any) -> Any:
         raise TypeError("this objective runs programs itself; call terms() or loss()")
@@ -130,13 +132,16 @@ def check_reparametrized(run: Run) -> None:
     """Raise where the guide's draws carry no gradient though its parameters want one.
 
     Raises:
-        SiteError: the site is not reparametrised, or is marked for enumeration.
+        SiteError: the site is not reparametrised, or is marked for enumeration and was drawn.
     """
     for name, site in run.guide.items():
+        if name in run.enumerated:
+            continue
         if site["infer"].get("enumerate"):
             raise SiteError(
                 f'guide site "{name}" is marked for enumeration, which this objective does not '
-                "sum over: use pyro.infer.TraceEnum_ELBO"
+                'sum over: use ELBO with infer={"enumerate": "parallel"}, or '
+                "pyro.infer.TraceEnum_ELBO"
             )
         if site["is_observed"] or site["fn"].has_rsample or not torch.is_grad_enabled():
             continue
@@ -144,5 +149,6 @@ def check_reparametrized(run: Run) -> None:
             raise SiteError(
                 f'guide site "{name}" draws from {type(site["fn"]).__name__}, which has no '
                 "reparametrised sampler, so its gradient would be wrong: use a distribution with "
-                "rsample, or pyro.infer.TraceGraph_ELBO"
+                'rsample, mark a discrete one infer={"enumerate": "parallel"} for ELBO, or take '
+                "pyro.infer.TraceGraph_ELBO"
             )

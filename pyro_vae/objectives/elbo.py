@@ -19,7 +19,8 @@ from pyro_vae.objectives.base import (
     check_reparametrized,
     frozen_sites,
 )
-from pyro_vae.programs import Run, Site
+from pyro_vae.objectives.expectation import Expectation
+from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
 
@@ -34,6 +35,10 @@ class ELBO(Objective):
     p(z) at the draws, as in Pyro's `Trace_ELBO`: right for any reparametrised guide. `kl="auto"`
     takes the closed form where there is a valid one and Monte Carlo elsewhere; `Terms.estimators`
     says which.
+
+    A discrete guide site marked `infer={"enumerate": "parallel"}` is summed over exactly, and the
+    sites after it are drawn once for each of its values (Kingma et al. 2014, eq. 7); its own KL is
+    then exact as well ("enumerated"), whatever `kl` says.
 
     Args:
         kl: `"analytic"`, `"monte_carlo"` or `"auto"`.
@@ -90,17 +95,18 @@ class ELBO(Objective):
         self._kl_weight.fill_(weight)
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
-        pair = self._pair(model, guide, args, kwargs)
-        run = pair.run()
+        pair, run = self._run(model, guide, args, kwargs)
         check_reparametrized(run)
+        mean = Expectation(run, self.num_particles)
         if self.gradient == "stl" and torch.is_grad_enabled():
-            run = Run(run.model, frozen_sites(pair, run, run.values))
+            frozen = frozen_sites(pair, run, run.values)
+            run = Run(run.model, frozen, enumerated=run.enumerated)
 
-        reconstruction = self._total(run.observed)
-        auxiliary = self._total(run.auxiliary)
-        sites = {name: self._site_kl(name, run) for name, _ in run.latent}
+        reconstruction = _total(run.observed, mean)
+        auxiliary = _total(run.auxiliary, mean)
+        sites = {name: self._site_kl(name, run, mean) for name, _ in run.latent}
         kl = sum((site.values.sum() for site in sites.values()), auxiliary)
-        held = sum((self._hold(name, site) for name, site in sites.items()), auxiliary)
+        held = sum((self._hold(name, site, mean) for name, site in sites.items()), auxiliary)
         return Terms(
             loss=self._kl_weight.to(held.dtype) * held - reconstruction,
             reconstruction=reconstruction,
@@ -109,12 +115,25 @@ class ELBO(Objective):
             estimators={name: site.estimator for name, site in sites.items()},
         )
 
-    def _site_kl(self, name: str, run: Run) -> SiteKL:
+    _enumerates = True
+
+    def _run(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Pair, Run]:
+        pair = self._pair(model, guide, args, kwargs)
+        run = pair.run()
+        marked = any(site["infer"].get("enumerate") == "parallel" for site in run.guide.values())
+        if marked and not pair.enumerate:
+            self._needs_plates = True  # the values go left of all plates: count them, once
+            pair = self._pair(model, guide, args, kwargs)
+            run = pair.run()
+        return pair, run
+
+    def _site_kl(self, name: str, run: Run, mean: Expectation) -> SiteKL:
         q, p = run.guide[name], run.model[name]
-        if self.kl != "monte_carlo":
+        enumerated = name in run.enumerated
+        if self.kl != "monte_carlo" and not enumerated:
             kl, obstacle = _analytic_kl(name, run)
             if kl is not None:
-                return SiteKL(self._mean(p, programs.masked(p, kl)), _factors(q, p), "analytic", p)
+                return SiteKL(mean(p, programs.masked(p, kl)), _factors(q, p), "analytic", p)
             if self.kl == "analytic":
                 raise AnalyticKLError(
                     f'no analytic KL at site "{name}": {obstacle}. Ask for kl="auto" (Monte Carlo '
@@ -123,17 +142,10 @@ class ELBO(Objective):
         log_q, log_p = (
             programs.masked(s, _log_prob_by_dimension(s, _factors(q, p))) for s in (q, p)
         )
-        values = self._mean(q, log_q) - self._mean(p, log_p)
-        return SiteKL(values, _factors(q, p), "monte_carlo", p)
+        estimator: Estimator = "enumerated" if enumerated else "monte_carlo"
+        return SiteKL(mean(q, log_q) - mean(p, log_p), _factors(q, p), estimator, p)
 
-    def _mean(self, site: Site, value: Tensor) -> Tensor:
-        """Scaled sum over the data, mean over the particles."""
-        return programs.scaled_sum(site, value) / self.num_particles
-
-    def _total(self, sites: Iterable[tuple[str, Site]]) -> Tensor:
-        return torch.as_tensor(sum(self._mean(s, programs.log_prob(s)) for _, s in sites))
-
-    def _hold(self, name: str, kl: SiteKL) -> Tensor:
+    def _hold(self, name: str, kl: SiteKL, mean: Expectation) -> Tensor:
         """The site's KL with every dimension at its free bits or above."""
         if self.free_bits == 0:
             return kl.values.sum()
@@ -143,7 +155,7 @@ class ELBO(Objective):
                 "into dimensions: its prior or posterior does not factorise over them"
             )
         shape = kl.prior["fn"].batch_shape
-        num_data = self._mean(kl.prior, programs.masked(kl.prior, kl.values.new_ones(shape)))
+        num_data = mean(kl.prior, programs.masked(kl.prior, kl.values.new_ones(1, *shape)))
         return kl.values.clamp(min=self.free_bits * num_data).sum()
 
 
@@ -154,6 +166,11 @@ class SiteKL(NamedTuple):
     by_dimension: bool
     estimator: Estimator
     prior: Site
+
+
+def _total(sites: Iterable[tuple[str, Site]], mean: Expectation) -> Tensor:
+    totals = (mean(site, programs.log_prob(site).unsqueeze(0)).squeeze(0) for _, site in sites)
+    return torch.as_tensor(sum(totals))
 
 
 def _analytic_kl(name: str, run: Run) -> tuple[Tensor | None, str]:

@@ -4,6 +4,7 @@ Nothing here shows, writes, or touches pyplot's state; `figure.savefig(path)` wr
 log-densities are in nats.
 """
 
+from pyro_vae.plots.classes import analogies, class_grid
 from pyro_vae.plots.curves import active_units, training_curves
 from pyro_vae.plots.latent import latent_map
 from pyro_vae.plots.pictures import manifold, reconstructions, samples
@@ -11,6 +12,8 @@ from pyro_vae.plots.tiles import tile
 
 __all__ = [
     "active_units",
+    "analogies",
+    "class_grid",
     "latent_map",
     "manifold",
     "reconstructions",

@@ -11,13 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.plots import style
-from pyro_vae.plots.reading import as_input, looking, posterior_means
+from pyro_vae.plots.reading import as_context, as_input, looking, posterior_means
 from pyro_vae.typing import Distribution
-from pyro_vae.vae import VAE
 
 MASSES = (0.5, 0.9, 0.99)  # of the prior, inside the contours
 MANY = 10  # classes beyond which numbers become a scale of colours
@@ -25,7 +30,11 @@ DRAWS, GRID = 20_000, 200
 
 
 def latent_map(
-    vae: VAE, x: ArrayLike | Tensor, labels: ArrayLike | Tensor | None = None, seed: int = 0
+    vae: Any,
+    x: ArrayLike | Tensor,
+    labels: ArrayLike | Tensor | None = None,
+    seed: int = 0,
+    context: ArrayLike | Tensor | None = None,
 ) -> Figure:
     """Means of q(z|x) in the plane, coloured by label, over the contours of the prior.
 
@@ -41,20 +50,19 @@ def latent_map(
         x: `(N, features)`.
         labels: `(N,)`, classes or numbers; more than ten distinct numbers get a colour bar.
         seed: of the draws behind contours, and behind means that have no closed form.
+        context: `(N, ...)`, where the model takes one; the contours are then those of the mean of
+            p(z|context) over the data.
 
     Raises:
-        DataError, ShapeError: `x` is empty; there are not as many labels as data.
+        DataError, ShapeError: `x` is empty; there are not as many labels or contexts as data.
         ConfigError: the prior needs a context.
     """
     data = as_input(vae, x)
     classes = None if labels is None else _as_labels(labels, len(data))
     with looking(vae, seed):
-        prior = vae.prior()
-        if prior.batch_shape:
-            raise ConfigError(
-                f"a latent map needs one prior for all data, got batch {tuple(prior.batch_shape)}"
-            )
-        means = posterior_means(vae, data)
+        given = as_context(vae, data, context)
+        prior = _prior(vae, None if context is None else given)
+        means = posterior_means(vae, data, given)
         if means.shape[1] == 1:
             return _histograms(prior, means, classes)
         directions, explained = _plane(means)
@@ -73,6 +81,22 @@ def latent_map(
     style.dress(axes, title, *names)
     axes.set_aspect("equal")
     return figure
+
+
+def _prior(vae: Any, context: Tensor | None) -> Distribution:
+    """p(z), or the mean of p(z|context) over the contexts."""
+    if context is None:
+        prior = vae.prior()
+        if prior.batch_shape:
+            raise ConfigError(
+                f"a latent map needs one prior for all data, got batch {tuple(prior.batch_shape)}"
+            )
+        return prior
+    each, counts = context.unique(dim=0, return_counts=True)
+    priors = vae.prior(each)
+    if not priors.batch_shape:
+        return priors
+    return MixtureSameFamily(Categorical(counts.to(priors.mean)), priors)
 
 
 def _as_labels(labels: ArrayLike | Tensor, number: int) -> NDArray[Any]:

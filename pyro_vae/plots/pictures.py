@@ -14,10 +14,17 @@ from torch import Tensor
 
 from pyro_vae.errors import ConfigError
 from pyro_vae.plots import style
-from pyro_vae.plots.reading import as_input, flat, likelihood_means, looking, posterior_means
+from pyro_vae.plots.reading import (
+    as_context,
+    as_input,
+    flat,
+    likelihood_means,
+    looking,
+    posterior_means,
+)
 from pyro_vae.plots.tiles import Limits, Shape, tile, value_limits
 from pyro_vae.typing import Distribution
-from pyro_vae.vae import VAE
+from pyro_vae.vae import Generative
 
 MEAN = r"$\mathbb{E}[x\,|\,z]$"
 DRAW = r"$x \sim p(x\,|\,z)$"
@@ -26,7 +33,12 @@ WIDTH = 6.5  # inches, the text width of a page
 
 
 def reconstructions(
-    vae: VAE, x: ArrayLike | Tensor, image_shape: Shape | None, num: int = 10, seed: int = 0
+    vae: Generative,
+    x: ArrayLike | Tensor,
+    image_shape: Shape | None,
+    num: int = 10,
+    seed: int = 0,
+    context: ArrayLike | Tensor | None = None,
 ) -> Figure:
     """The first data above E[x|z], z the mean of q(z|x).
 
@@ -37,6 +49,7 @@ def reconstructions(
         image_shape: of a row, channels first; None where it is no image.
         num: how many of the rows.
         seed: of the draws behind the mean of a q(z|x) that has none in closed form.
+        context: `(N, ...)`, where the model takes one; classes that it does not know it guesses.
 
     Raises:
         DataError, ShapeError: `x` is empty or not of this shape.
@@ -45,7 +58,8 @@ def reconstructions(
     _positive(num=num)
     data = as_input(vae, x)[:num]
     with looking(vae, seed):
-        mean = likelihood_means(vae, posterior_means(vae, data))
+        given = as_context(vae, data, None if context is None else context[:num])  # type: ignore[index]
+        mean = likelihood_means(vae, posterior_means(vae, data, given), given)
     rows, count = flat(data), len(data)
     limits = value_limits(rows, mean)
     if image_shape is None:
@@ -64,7 +78,13 @@ def reconstructions(
     return figure
 
 
-def samples(vae: VAE, image_shape: Shape | None, num: int = 64, seed: int = 0) -> Figure:
+def samples(
+    vae: Generative,
+    image_shape: Shape | None,
+    num: int = 64,
+    seed: int = 0,
+    context: Tensor | None = None,
+) -> Figure:
     """E[x|z] at draws of z from the prior, beside draws of x at the same z.
 
     The mean is what most pictures in the literature show; the draws are what the model says that
@@ -74,6 +94,7 @@ def samples(vae: VAE, image_shape: Shape | None, num: int = 64, seed: int = 0) -
         image_shape: of a datum, channels first; None where it is no image.
         num: how many.
         seed: of z and x.
+        context: `(num, ...)`, where the model takes one.
 
     Raises:
         ShapeError: the likelihood is over data of another shape.
@@ -81,7 +102,7 @@ def samples(vae: VAE, image_shape: Shape | None, num: int = 64, seed: int = 0) -
     """
     _positive(num=num)
     with looking(vae, seed):
-        p = vae.generate(num)
+        p = vae.generate(num, context)
         drawn, mean = flat(p.sample()), flat(p.mean)
     limits = value_limits(mean, drawn)
     if image_shape is None:
@@ -101,7 +122,7 @@ def samples(vae: VAE, image_shape: Shape | None, num: int = 64, seed: int = 0) -
     return figure
 
 
-def manifold(vae: VAE, image_shape: Shape | None, num: int = 20, seed: int = 0) -> Figure:
+def manifold(vae: Any, image_shape: Shape | None, num: int = 20, seed: int = 0) -> Figure:
     """E[x|z] over a grid of z at the prior's quantiles (Kingma & Welling 2013, appendix A).
 
     The grid is evenly spaced in each coordinate's probability, at (i + 1/2) / `num`, so that every

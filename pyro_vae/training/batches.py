@@ -49,7 +49,8 @@ class Resident:
     """Rows of an array in random order, gathered where the array lives.
 
     The array is kept on the device where it fits in half of the free memory, and in the host's
-    otherwise. Random draws of a split (dynamic binarisation) are made anew at every visit.
+    otherwise. Random draws of a split (dynamic binarisation) are made anew at every visit. Its
+    context comes with its rows, as the second argument of model and guide.
 
     Args:
         split: the data.
@@ -80,6 +81,9 @@ class Resident:
             )
         home = device if _fits(split.x, dtype, device) else torch.device("cpu")
         self.x = split.x.to(home, dtype)
+        self.context = split.context
+        if split.context is not None:
+            self.context = _move(split.context, home, dtype)
         self.draw = split.draw
         self.batch_size, self.device = batch_size, device
         self.rank, self.world_size, self.share = rank, world_size, share
@@ -97,8 +101,12 @@ class Resident:
         return map(self._gather, mine.split(self.batch_size)[start:])
 
     def _gather(self, rows: Tensor) -> Batch:
-        x = self.x.index_select(0, rows.to(self.x.device)).to(self.device, non_blocking=True)
-        return (x if self.draw is None else self.draw(x, None),)
+        rows = rows.to(self.x.device)
+        x = self.x.index_select(0, rows).to(self.device, non_blocking=True)
+        x = x if self.draw is None else self.draw(x, None)
+        if self.context is None:
+            return (x,)
+        return x, self.context.index_select(0, rows).to(self.device, non_blocking=True)
 
 
 class Streamed:
@@ -166,13 +174,10 @@ class Streamed:
                     check_finite(part)
         except DataError as error:
             raise type(error)(f"batch {index} of the DataLoader: {error}") from error
-        return tuple(self._move(part) for part in parts)
-
-    def _move(self, part: Any) -> Any:
-        if not isinstance(part, Tensor):
-            return part
-        dtype = self.dtype if part.is_floating_point() else part.dtype
-        return part.to(self.device, dtype, non_blocking=True)
+        return tuple(
+            _move(part, self.device, self.dtype) if isinstance(part, Tensor) else part
+            for part in parts
+        )
 
 
 def sources(
@@ -187,6 +192,9 @@ def sources(
     """
     check = getattr(vae, "check", check_finite)
     train, valid = getattr(data, "train", data), getattr(data, "valid", None)
+    for context in (getattr(split, "context", None) for split in (train, valid)):
+        if hasattr(vae, "check_context") and context is not None:
+            vae.check_context(context)
     return (
         _source(train, batch_size, fabric, dtype, check),
         None if valid is None else _fixed_source(valid, batch_size, fabric, dtype, check),
@@ -236,6 +244,11 @@ def _as_tensor(data: Any) -> Tensor:
         raise DataError(
             f"data of type {type(data).__name__} is no array: {error}. {TAKEN}"
         ) from error
+
+
+def _move(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device, and real numbers in the precision; integers stay integers."""
+    return part.to(device, dtype if part.is_floating_point() else part.dtype, non_blocking=True)
 
 
 def _fits(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:

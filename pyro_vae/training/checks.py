@@ -198,8 +198,9 @@ def _about_context(batch: Batch) -> str:
     if len(batch) == 1:
         return ""
     return (
-        ". The loader's second tensor is passed to model and guide as `context`: where it holds "
-        "labels, drop them, as in DataLoader(TensorDataset(x))"
+        ". A split's context, and a loader's second tensor, is passed to model and guide as "
+        "`context`: where it holds labels that they do not take, drop them, as in "
+        "DataLoader(TensorDataset(x))"
     )
 
 

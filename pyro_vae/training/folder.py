@@ -24,7 +24,7 @@ TENSORBOARD = "tensorboard"
 EVIDENCE = "evidence.npz"
 SAMPLES = "samples.npz"
 FIGURES = "figures"
-PLOTS = ("training_curves", "reconstructions", "samples", "latent_map", "manifold")
+PLOTS = ("training_curves", "reconstructions", "samples", "latent_map", "manifold", "class_grid")
 
 # what is made from the trained weights, and is of other weights once training starts
 DERIVED = (MODEL, EVIDENCE, SAMPLES, *(f"{FIGURES}/{name}.png" for name in PLOTS))

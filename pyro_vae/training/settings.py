@@ -62,4 +62,4 @@ def _fingerprint(data: Any) -> str | None:
     if data is None or isinstance(data, DataLoader):
         return None
     split = as_split(data)
-    return fingerprint(split.x) + ("" if split.draw is None else ", drawn anew")
+    return fingerprint(*split.args) + ("" if split.draw is None else ", drawn anew")

@@ -1,0 +1,418 @@
+"""The variants against closed forms: linear-Gaussian models, whose every density scipy knows.
+
+With class means m_y, z ~ N(m_y, 1) and x ~ N(W z + U_y + b, s^2 I), x given y is a Normal, its
+posteriors are Normals with linear means, and p(y|x) is a softmax of linear logits (all classes have
+one covariance), so that a guide of linear networks can be the posterior itself.
+"""
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, TraceEnum_ELBO
+from scipy import stats
+from scipy.special import logsumexp
+from torch import Tensor
+from toys import repeat, z_score_between
+
+import pyro_vae as pv
+from pyro_vae import ELBO
+from pyro_vae.errors import ConfigError, DataError, ShapeError
+from pyro_vae.likelihoods import Bernoulli, Normal
+from pyro_vae.networks import MLP
+from pyro_vae.posteriors import Classifier, DiagonalNormal
+from pyro_vae.priors import ClassMeans, StandardNormal
+from pyro_vae.variants import (
+    GaussianMixtureVAE,
+    HierarchicalVAE,
+    SemiSupervisedVAE,
+    StackedVAE,
+    encoded,
+)
+
+BOUND = 4.5  # of a z-score: a right estimator passes it with a probability below 1e-5
+CLASSES, FEATURES = 3, 2
+S = 0.6
+
+MEANS = torch.tensor([[-1.5], [0.2], [1.0]], dtype=torch.float64)  # m
+WEIGHT = torch.tensor([[0.8], [-0.5]], dtype=torch.float64)  # W
+OFFSETS = torch.tensor([[0.5, -1.0], [0.0, 0.7], [-0.4, 0.1]], dtype=torch.float64)  # U
+BIAS = torch.tensor([0.1, -0.2], dtype=torch.float64)  # b
+X = torch.tensor([[0.3, -0.4], [-1.2, 0.9], [1.5, 0.2], [0.0, 0.0]], dtype=torch.float64)
+Y = torch.tensor([2, -1, 0, -1])
+
+
+def log_px_given_y(offsets: Tensor = OFFSETS, means: Tensor = MEANS) -> np.ndarray:
+    """log p(x|y), `(rows, classes)`."""
+    covariance = (WEIGHT @ WEIGHT.T).numpy() + S**2 * np.eye(FEATURES)
+    locs = (means @ WEIGHT.T + offsets + BIAS).numpy()
+    normals = [stats.multivariate_normal(loc, covariance) for loc in locs]
+    return np.stack([normal.logpdf(X.numpy()) for normal in normals], -1)
+
+
+def linear(weight: Tensor, bias: Tensor) -> MLP:
+    network = MLP(weight.shape[1], [], len(weight))
+    with torch.no_grad():
+        network.layers[-1].weight.copy_(weight)
+        network.layers[-1].bias.copy_(bias)
+    return network
+
+
+def class_means() -> ClassMeans:
+    prior = ClassMeans(CLASSES, 1)
+    with torch.no_grad():
+        prior.means.copy_(MEANS)
+    return prior
+
+
+def exact_posterior(offsets: Tensor = OFFSETS) -> DiagonalNormal:
+    """p(z|x, y): precision 1 + W'W / s^2, mean (m_y + W'(x - U_y - b) / s^2) / precision."""
+    precision = 1 + WEIGHT.square().sum() / S**2
+    by_x = WEIGHT.T / S**2 / precision
+    by_class = (MEANS.T - WEIGHT.T @ offsets.T / S**2) / precision
+    mean = torch.cat([by_x, by_class], 1)
+    bias = torch.cat([-WEIGHT.T @ BIAS / S**2 / precision, -precision.log().reshape(1)])
+    return DiagonalNormal(linear(torch.cat([mean, torch.zeros_like(mean)]), bias))
+
+
+def exact_classifier(offsets: Tensor = OFFSETS) -> Classifier:
+    """p(y|x): linear discriminant analysis."""
+    precision = torch.linalg.inv(WEIGHT @ WEIGHT.T + S**2 * torch.eye(FEATURES))
+    locs = MEANS @ WEIGHT.T + offsets + BIAS
+    return Classifier(linear(locs @ precision, -0.5 * (locs @ precision * locs).sum(1)))
+
+
+def decoder(offsets: Tensor = OFFSETS) -> Normal:
+    return Normal(linear(torch.cat([WEIGHT, offsets.T], 1), BIAS), S)
+
+
+def m2(label_weight: float = 0.0) -> SemiSupervisedVAE:
+    return SemiSupervisedVAE(
+        class_means(), decoder(), exact_posterior(), exact_classifier(), CLASSES, label_weight
+    )
+
+
+def gmvae() -> GaussianMixtureVAE:
+    none = torch.zeros_like(OFFSETS)
+    vae = GaussianMixtureVAE(
+        Normal(linear(WEIGHT, BIAS), S), exact_posterior(none), exact_classifier(none), CLASSES, 1
+    )
+    means = torch.cat([MEANS.T, torch.zeros(1, CLASSES)])
+    vae.model.prior.network = linear(means, torch.zeros(2))
+    return vae
+
+
+# --- the conditional VAE, and the class means --------------------------------------------------
+
+
+def cvae() -> pv.VAE:
+    return pv.VAE(class_means(), decoder(), exact_posterior())
+
+
+def test_conditional_log_px_is_the_closed_form():
+    vae = cvae()
+    for y in range(CLASSES):
+        context = torch.eye(CLASSES)[[y] * len(X)]
+        split = pv.Split(X, context=context)
+        found = pv.log_marginal(vae.model, vae.guide, split, num_samples=50, defensive=0)
+        # the posterior is exact, so every weight is p(x|y)
+        np.testing.assert_allclose(found.log_px, log_px_given_y()[:, y], rtol=1e-6)
+        np.testing.assert_allclose(found.log_px, pv.log_marginal(
+            vae.model, vae.guide, X, context, num_samples=50, defensive=0
+        ).log_px)  # fmt: skip
+
+
+def test_class_means_refuse_what_is_no_class():
+    prior = class_means()
+    with pytest.raises(ConfigError, match="needs each datum's class"):
+        prior()
+    with pytest.raises(ShapeError, match=r"3 classes.*\(4, 2\)"):
+        prior(torch.zeros(4, 2))
+    with pytest.raises(ConfigError, match="context"):
+        pv.fit(cvae(), X, epochs=1, batch_size=2, progress=False)
+
+
+# --- M2 and the mixture ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [m2, gmvae])
+def test_with_the_posterior_as_guide_every_draw_is_log_px(make):
+    """log p(x, y) of the rows whose class is known, log p(x) = log sum_y p(y) p(x|y) of others."""
+    vae = make().eval()
+    joint = log_px_given_y(OFFSETS if make is m2 else torch.zeros_like(OFFSETS)) - np.log(CLASSES)
+    marginal = logsumexp(joint, axis=1)
+    mixed = np.where(Y >= 0, joint[np.arange(len(X)), Y.numpy()], marginal)
+    objective = ELBO(kl="monte_carlo")
+    assert -objective.loss(vae.model, vae.guide, X) == pytest.approx(marginal.sum(), rel=1e-5)
+    assert -objective.loss(vae.model, vae.guide, X, Y) == pytest.approx(mixed.sum(), rel=1e-5)
+    for split, expected in ((pv.Split(X), marginal), (pv.Split(X, context=Y), mixed)):
+        found = pv.log_marginal(vae.model, vae.guide, split, num_samples=20)
+        np.testing.assert_allclose(found.log_px, expected, rtol=1e-5)
+
+
+def test_a_known_class_restricts_the_joint():
+    """log p(x, y) = log p(y) + log p(x|y), p(x|y) that of the conditional VAE of the same parts."""
+    joint, conditional = m2().eval(), cvae()
+    labels = torch.tensor([0, 1, 2, 1])
+    split = pv.Split(X, context=torch.eye(CLASSES)[labels])
+    given = pv.log_marginal(
+        conditional.model, conditional.guide, split, num_samples=20, defensive=0
+    )
+    both = pv.log_marginal(joint.model, joint.guide, X, labels, num_samples=20)
+    np.testing.assert_allclose(both.log_px, given.log_px - np.log(CLASSES), rtol=1e-5)
+
+
+def test_labels_are_observed_in_training_alone():
+    """Kingma et al. 2014, eq. 9: alpha times minus log q(y|x) of the rows with labels."""
+    vae = m2(label_weight=7.0)
+    objective = ELBO(kl="monte_carlo")
+    q = vae.classifier(X).logits.log_softmax(-1).detach()
+    loss = objective.loss(vae.train().model, vae.guide, X, Y)
+    plain = objective.loss(vae.eval().model, vae.guide, X, Y)
+    known = torch.stack([q[0, 2], q[2, 0]])
+    assert loss - plain == pytest.approx(-7 * known.sum().item(), rel=1e-5)
+
+
+def test_m2_trains_under_pyros_own_objective():
+    vae = SemiSupervisedVAE(
+        StandardNormal(1), decoder(), exact_posterior(), exact_classifier(), CLASSES, 1.5
+    )
+    theirs = TraceEnum_ELBO(max_plate_nesting=1)
+    ours = ELBO(kl="monte_carlo")
+    a = repeat(lambda: ours.loss(vae.model, vae.guide, X, Y), 150)
+    b = repeat(lambda: theirs.loss(vae.model, vae.guide, X, Y), 150, seed=1)
+    assert abs(z_score_between(a, b)) < BOUND
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), theirs)
+    before = svi.evaluate_loss(X, Y)
+    for _ in range(30):
+        svi.step(X, Y)
+    assert svi.evaluate_loss(X, Y) < before
+
+
+def test_classes_are_told_and_encoded():
+    vae = m2()
+    joint = log_px_given_y()
+    expected = joint - logsumexp(joint, axis=1, keepdims=True)
+    np.testing.assert_allclose(vae.classify(X).logits.log_softmax(-1).detach(), expected, atol=1e-8)
+    known = vae.classify(X, Y).probs
+    assert torch.equal(known[0], torch.eye(CLASSES)[2])
+    y = torch.where(Y >= 0, Y, vae.classify(X).probs.argmax(-1))
+    torch.testing.assert_close(vae.encode(X, Y).mean, vae.guide.posterior(X, one(y)).mean)
+
+
+def one(labels: Tensor) -> Tensor:
+    return torch.eye(CLASSES)[labels]
+
+
+@pytest.mark.parametrize("make", [m2, gmvae])
+def test_generated_data_have_the_model_s_moments(make):
+    vae, n = make(), 4000
+    offsets = OFFSETS if make is m2 else torch.zeros_like(OFFSETS)
+    locs = MEANS @ WEIGHT.T + offsets + BIAS
+    for context, expected in ((None, locs.mean(0)), (torch.full((n,), 1), locs[1])):
+        mean = vae.generate(n, context, seed=3).mean
+        error = mean.std(0) / n**0.5
+        assert ((mean.mean(0) - expected).abs() < BOUND * error).all()
+    with pytest.raises(ShapeError, match="3 samples need a context"):
+        vae.generate(3, torch.zeros(2, dtype=torch.long))
+    z = torch.linspace(-3, 3, 7)[:, None]
+    density = stats.norm(MEANS[:, 0].numpy(), 1.0).logpdf(z.numpy())
+    expected = logsumexp(density, axis=1) - np.log(CLASSES)
+    np.testing.assert_allclose(vae.prior().log_prob(z).detach(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (torch.tensor([0, 1, 3, 0]), r"y\[1\] = 3|= 3"),
+        (torch.tensor([0, 1, -2, 0]), "-2"),
+        (torch.eye(3)[[0, 1, 2, 0]], "whole numbers, -1 where"),
+        (torch.zeros(4), "whole numbers"),
+    ],
+)
+def test_labels_that_are_none(labels, words):
+    with pytest.raises(DataError, match=words):
+        pv.fit(m2(), pv.Split(X, context=labels), epochs=1, batch_size=2, progress=False)
+
+
+def test_sizes_and_weights_that_mean_nothing():
+    with pytest.raises(ConfigError, match="label_weight"):
+        m2(label_weight=-1.0)
+    with pytest.raises(ConfigError, match="2 posteriors, got 1"):
+        HierarchicalVAE(StandardNormal(1), [exact_posterior()], decoder(), [exact_posterior()])
+
+
+# --- M1+M2 -------------------------------------------------------------------------------------
+
+A = torch.tensor([[1.0, 0.3], [-0.2, 0.7]], dtype=torch.float64)  # x ~ N(A z1, 0.5^2)
+
+
+def stacked() -> StackedVAE:
+    inverse = torch.linalg.inv(A)
+    features = linear(torch.cat([inverse, torch.zeros(2, 2)]), torch.tensor([0.0, 0, -1.2, -1.0]))
+    m1 = pv.VAE(StandardNormal(2), Normal(linear(A, torch.zeros(2)), 0.5), DiagonalNormal(features))
+    return StackedVAE(m1, m2())
+
+
+def test_stacked_log_px_is_the_closed_form():
+    vae = stacked().eval()
+    inner = (WEIGHT @ WEIGHT.T + S**2 * torch.eye(2)).numpy()
+    covariance = A.numpy() @ inner @ A.numpy().T + 0.25 * np.eye(2)
+    locs = (MEANS @ WEIGHT.T + OFFSETS + BIAS).numpy() @ A.numpy().T
+    joint = np.stack(
+        [stats.multivariate_normal(loc, covariance).logpdf(X.numpy()) for loc in locs], -1
+    ) - np.log(CLASSES)
+    mixed = np.where(Y >= 0, joint[np.arange(4), Y.numpy()], logsumexp(joint, axis=1))
+    for split, expected in (
+        (pv.Split(X), logsumexp(joint, axis=1)),
+        (pv.Split(X, context=Y), mixed),
+    ):
+        found = pv.log_marginal(vae.model, vae.guide, split, num_samples=4000)
+        assert (np.abs(found.log_px - expected) < BOUND * found.se).all()
+    terms = ELBO(kl="auto").terms(vae.model, vae.guide, X, Y)
+    assert terms.estimators == {"y": "enumerated", "z": "analytic", "z1": "monte_carlo"}
+
+
+def test_encoded_data_are_draws_of_the_posterior():
+    m1 = cvae_without_context()
+    data = pv.Data(pv.Split(X, Y, context=Y), None, pv.Split(X[:1], Y[:1]))
+    seen = encoded(m1, data)
+    assert torch.equal(seen.train.context, Y)
+    assert torch.equal(seen.train.y, Y)
+    draws = torch.stack([seen.train.draw(seen.train.x, None) for _ in range(2000)])
+    q = m1.encode(X)
+    error = q.stddev / 2000**0.5
+    assert ((draws.mean(0) - q.mean).abs() < BOUND * error).all()
+    np.testing.assert_allclose(draws.std(0), q.stddev.detach(), rtol=0.1)
+    flow = pv.posteriors.InverseAutoregressiveFlow(MLP(2, [], 6), 2, 2)
+    vae = pv.VAE(StandardNormal(2), Normal(MLP(2, [], 2)), flow)
+    with pytest.raises(ConfigError, match="DiagonalNormal"):
+        encoded(vae, data)
+
+
+def cvae_without_context() -> pv.VAE:
+    return pv.VAE(StandardNormal(2), Normal(MLP(2, [4], 2)), DiagonalNormal(MLP(2, [4], 4)))
+
+
+# --- layers ------------------------------------------------------------------------------------
+
+
+def hierarchical(depth: int) -> HierarchicalVAE:
+    """Every layer halves the one above: z_l ~ N(z_{l+1} / 2, 0.8^2), x ~ N(W z_1 + b, s^2)."""
+    layer = torch.tensor([[0.5], [0.0]]), torch.tensor([0.0, 2 * np.log(0.8)])
+    up = torch.tensor([[0.4], [0.0]]), torch.tensor([0.0, -0.3])
+    first = torch.cat([0.5 * WEIGHT.T, torch.zeros(1, 2)]), torch.tensor([0.0, -0.5])
+    return HierarchicalVAE(
+        StandardNormal(1),
+        [DiagonalNormal(linear(*layer)) for _ in range(depth - 1)],
+        Normal(linear(WEIGHT, BIAS), S),
+        [DiagonalNormal(linear(*first)), *(DiagonalNormal(linear(*up)) for _ in range(depth - 1))],
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_hierarchical_log_px_is_the_closed_form(depth):
+    vae = hierarchical(depth)
+    variance = 1.0
+    for _ in range(depth - 1):
+        variance = variance / 4 + 0.8**2
+    covariance = variance * (WEIGHT @ WEIGHT.T).numpy() + S**2 * np.eye(2)
+    expected = stats.multivariate_normal(BIAS.numpy(), covariance).logpdf(X.numpy())
+    found = pv.log_marginal(vae.model, vae.guide, X, num_samples=4000)
+    assert (np.abs(found.log_px - expected) < BOUND * found.se).all()
+    estimators = ELBO(kl="auto").terms(vae.model, vae.guide, X).estimators
+    names = [f"z{level}" for level in range(1, depth + 1)]
+    assert estimators == dict.fromkeys(names, "monte_carlo") | {names[-1]: "analytic"}
+    n = 4000
+    mean = vae.generate(n, seed=2).mean
+    assert ((mean.mean(0) - BIAS).abs() < BOUND * mean.std(0) / n**0.5).all()
+    np.testing.assert_allclose(mean.var(0), variance * WEIGHT[:, 0] ** 2, rtol=0.15)
+
+
+def test_one_layer_is_a_vae():
+    vae = hierarchical(1)
+    plain = pv.VAE(StandardNormal(1), vae.likelihood, vae.guide.posteriors[0])
+    losses = []
+    for each in (vae, plain):
+        pyro.set_rng_seed(5)
+        losses.append(ELBO().loss(each.model, each.guide, X))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+# --- each goes through fit, and its weights through a file -------------------------------------
+
+
+def bits(n: int, seed: int = 0) -> Tensor:
+    return (torch.rand(n, 8, generator=torch.Generator().manual_seed(seed)) < 0.4).double()
+
+
+def small(name: str) -> pv.vae.Generative:
+    def q(inputs: int, outputs: int) -> DiagonalNormal:
+        return DiagonalNormal(MLP(inputs, [6], 2 * outputs))
+
+    def semi(features: int) -> SemiSupervisedVAE:
+        p = Bernoulli(MLP(2 + CLASSES, [6], 8))
+        if features != 8:
+            p = Normal(MLP(2 + CLASSES, [6], features))
+        classifier = Classifier(MLP(features, [6], CLASSES))
+        return SemiSupervisedVAE(
+            StandardNormal(2), p, q(features + CLASSES, 2), classifier, CLASSES, 2.0
+        )
+
+    p = Bernoulli(MLP(2, [6], 8))
+    if name == "m2":
+        return semi(8)
+    if name == "stacked":
+        return StackedVAE(pv.VAE(StandardNormal(3), Bernoulli(MLP(3, [6], 8)), q(8, 3)), semi(3))
+    if name == "gmvae":
+        return GaussianMixtureVAE(
+            p, q(8 + CLASSES, 2), Classifier(MLP(8, [6], CLASSES)), CLASSES, 2
+        )
+    return HierarchicalVAE(StandardNormal(3), [q(3, 2)], p, [q(8, 2), q(2, 3)])
+
+
+@pytest.mark.parametrize("name", ["m2", "stacked", "gmvae", "hierarchical"])
+def test_each_trains_and_is_saved(name, tmp_path):
+    torch.manual_seed(1)
+    vae = small(name)
+    before = {n: p.detach().clone() for n, p in vae.named_parameters()}
+    labels = torch.arange(40) % (CLASSES + 1) - 1
+    context = None if name == "hierarchical" else labels
+    data = pv.Data(
+        pv.Split(bits(40), context=context), pv.Split(bits(20, 1)), pv.Split(bits(20, 2))
+    )
+    run = pv.fit(vae, data, epochs=3, batch_size=10, out=tmp_path / "run", progress=False)
+    assert all(np.isfinite(list(row.values())).all() for row in run.metrics)
+    assert [n for n, p in vae.named_parameters() if torch.equal(p, before[n])] == []
+    torch.manual_seed(2)
+    again = small(name)
+    pv.load_weights(again, tmp_path / "run" / "model.safetensors")
+    found = [
+        pv.log_marginal(v.model, v.guide, data.test, num_samples=10).log_px for v in (vae, again)
+    ]
+    np.testing.assert_array_equal(*found)
+    assert vae.generate(5, seed=0).sample().shape == (5, 8)
+
+
+def test_the_toy_is_trained_saved_loaded_and_reconstructed(tmp_path):
+    """Ten groups of points in the plane, each of standard deviation 0.1, on the unit circle."""
+    generator = torch.Generator().manual_seed(0)
+    angles = 2 * torch.pi * (torch.arange(400) % 10) / 10
+    centres = torch.stack([angles.cos(), angles.sin()], -1)
+    x = centres + 0.1 * torch.randn(400, 2, generator=generator)
+
+    def make() -> pv.VAE:
+        torch.manual_seed(0)
+        return pv.VAE(
+            StandardNormal(2), Normal(MLP(2, [32], 2), 0.1), DiagonalNormal(MLP(2, [32], 4))
+        )
+
+    vae = make()
+    pv.fit(vae, x, epochs=60, batch_size=50, learning_rate=5e-3, progress=False)
+    pv.save_weights(vae, tmp_path / "toy.safetensors")
+    loaded = make()
+    pv.load_weights(loaded, tmp_path / "toy.safetensors")
+    with torch.no_grad():
+        reconstructed = loaded.decode(loaded.encode(x).mean).mean
+        assert torch.equal(reconstructed, vae.decode(vae.encode(x).mean).mean)
+    assert (reconstructed - x).square().mean() < 0.1 * x.square().mean()
