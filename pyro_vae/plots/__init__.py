@@ -5,16 +5,21 @@ log-densities are in nats.
 """
 
 from pyro_vae.plots.curves import active_units, training_curves
+from pyro_vae.plots.experiments import densities, imputations, posteriors, series
 from pyro_vae.plots.latent import latent_map
 from pyro_vae.plots.pictures import manifold, reconstructions, samples
 from pyro_vae.plots.tiles import tile
 
 __all__ = [
     "active_units",
+    "densities",
+    "imputations",
     "latent_map",
     "manifold",
+    "posteriors",
     "reconstructions",
     "samples",
+    "series",
     "tile",
     "training_curves",
 ]
