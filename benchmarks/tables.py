@@ -142,6 +142,43 @@ def train_step(report: dict[str, Any]) -> str:
     return table(["model", "compiled", *(f"over {peer}" for peer in peers)], rows)
 
 
+def fit_throughput(report: dict[str, Any]) -> str:
+    """`benchmarks.fit_throughput`: training samples a second."""
+    found = report["results"]
+    rows = [
+        [name, f"{value:,.0f}", f"{found['times_pythae'].get(name, 1.0):.2f}"]
+        for name, value in found["rows_per_second"].items()
+    ]
+    return table(["training", "samples a second", "times pythae's trainer"], rows)
+
+
+def mnist_compiled(report: dict[str, Any]) -> str:
+    """`benchmarks.mnist_compiled`: what compiling changes, and what it does not."""
+    found = report["results"]
+    rows = [
+        [row["way"], f"{row['log_px']:.2f} ± {row['sd']:.2f}", f"{row['seconds']:.0f} s"]
+        for row in found["rows"]
+    ]
+    head = [f"{found['epochs']} epochs, {found['seeds']} seeds", "log p(x), sd over seeds", "time"]
+    return table(head, rows)
+
+
+def frey_faces(report: dict[str, Any]) -> str:
+    """`benchmarks.frey_faces`: the best test ELBO beside the paper's."""
+    found = report["results"]["rows"]
+    by_scale = {row["scale"]: {} for row in found}
+    for row in found:
+        by_scale[row["scale"]][row["latent"]] = row
+    latents = sorted({row["latent"] for row in found})
+    rows = [
+        [f"{scale} scale", *(f"{of[latent]['test_elbo']:.0f}" for latent in latents)]
+        for scale, of in by_scale.items()
+    ]
+    paper = {row["latent"]: row["paper"] for row in found}
+    rows.append(["Kingma & Welling 2013", *(str(paper[latent]) for latent in latents)])
+    return table(["best test ELBO", *(f"{latent} latents" for latent in latents)], rows)
+
+
 kl_estimators_mnist = kl_estimators_digits
 
 
