@@ -78,7 +78,7 @@ def elbo(vae: pv.VAE, x: Tensor, num_particles: int = 20) -> float:
 def main() -> None:
     """Train every setting, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=3000)
+    parser.add_argument("--epochs", type=int, default=1500)
     parser.add_argument("--every", type=int, default=50, help="epochs between evaluations")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
