@@ -182,6 +182,19 @@ ZOO = [
     *((NORMAL, "Bernoulli", posterior) for posterior in zoo.POSTERIORS if posterior != DIAGONAL),
 ]
 
+
+def mixture() -> tuple[Any, ...]:
+    """A discrete cluster that the ELBO sums over."""
+    clusters = 3
+    made = pv.variants.GaussianMixtureVAE(
+        pv.likelihoods.Bernoulli(decoder()),
+        pv.posteriors.DiagonalNormal(pv.networks.MLP(FEATURES + clusters, [4], 2 * LATENT)),
+        pv.posteriors.Classifier(pv.networks.MLP(FEATURES, [4], clusters)),
+        clusters, LATENT,
+    )  # fmt: skip
+    return made.model, made.guide, (binary(),)
+
+
 MODELS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "bernoulli": vae,
     "Pyro's flow": lambda: vae(posterior=PyroFlow()),
@@ -190,6 +203,7 @@ MODELS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "hierarchical": hierarchical,
     "subsampled": subsampled,
     "masked and scaled": masked,
+    "enumerated mixture": mixture,
     "AutoNormal": regression(AutoNormal),
     "AutoLowRank": regression(lambda m: AutoLowRankMultivariateNormal(m, rank=2)),
     "PyroModule": pyro_module,

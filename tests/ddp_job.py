@@ -27,6 +27,7 @@ def main(folder: Path, mode: str) -> None:
     run = pv.fit(
         vae, binary_data(320, dynamic=True), epochs=3, batch_size=4, device="cpu", devices=2,
         out=folder / "run", resume=mode == "resume", kl_schedule=hook, patience=2,
+        compile=mode == "compile",
     )  # fmt: skip
     rank = os.environ.get("LOCAL_RANK", "0")
     pv.save_weights(vae, folder / f"rank{rank}.safetensors")

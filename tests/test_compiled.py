@@ -168,6 +168,18 @@ class TestWhatInvalidatesAGraph:
         compiled.double()
         agree(loss, compiled, x)
 
+    def test_autocast_does(self, loss: nn.Module, compiled: Any) -> None:
+        x = binary().float()
+        pyro.clear_param_store()
+        loss.float()
+        agree(loss, compiled, x)
+        full = loss_and_grads(compiled, (x,), parameters(loss), 5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            agree(loss, compiled, x)
+            mixed = loss_and_grads(compiled, (x,), parameters(loss), 5)
+        assert programs(compiled) == 3
+        assert full[0] != mixed[0]  # there was something to cast
+
     def test_no_grad_does(self, compiled: Any) -> None:
         with torch.no_grad():
             assert not compiled(binary()).requires_grad
@@ -420,7 +432,7 @@ class TestWhatCannotBeCompiled:
             pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
 
         with pytest.raises(PyroVAEError, match=r'"k"|"z"'):
-            pv.compile(pv.ELBO("monte_carlo")(model, guide), x, backend="eager")
+            pv.compile(pv.IWAE(3)(model, guide), x, backend="eager")
 
     def test_handlers_around_the_call(self) -> None:
         loss, x = pair()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,3 +81,14 @@ def test_a_refusal_ends_both_processes(tmp_path: Path) -> None:
     assert "RunExistsError" in message
     assert time.monotonic() - started < 60
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
+def test_compiled_they_end_where_they_end_without(tmp_path: Path) -> None:
+    for mode in ("train", "compile"):
+        (tmp_path / mode).mkdir()
+        launch(tmp_path / mode, mode)
+    eager, compiled = (rank_weights(tmp_path / mode) for mode in ("train", "compile"))
+    assert identical(*compiled)
+    for name, value in eager[0].items():
+        torch.testing.assert_close(compiled[0][name], value, rtol=1e-5, atol=1e-6)

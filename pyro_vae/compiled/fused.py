@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -98,12 +99,13 @@ class Fused:
         count = sum(map(len, self._programs.values())) + 1
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in own if isinstance(leaf, Tensor))
         _tell(f"compiling for arguments of shape {shapes}: once, seconds to a minute ...")
-        program = Program(
-            lambda: self._computation(*args, **kwargs),
-            [leaf for leaf in own if isinstance(leaf, Tensor)],
-            self._territory,
-            self._backend,
-        )
+        with _without_autocast_cache():
+            program = Program(
+                lambda: self._computation(*args, **kwargs),
+                [leaf for leaf in own if isinstance(leaf, Tensor)],
+                self._territory,
+                self._backend,
+            )
         trace, compile = program.seconds["trace"], program.seconds["compile"]
         _tell(f"traced in {trace:.1f} s, compiled and checked in {compile:.1f} s")
         if count == _MANY:
@@ -114,6 +116,17 @@ class Fused:
                 stacklevel=2,
             )
         return program
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Under autocast torch keeps the cast of a parameter, which would be a constant to a trace."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def _tell(message: str) -> None:
