@@ -167,6 +167,8 @@ def load_run(folder: str | Path) -> tuple[Generative, Data, Recipe]:
         raise CheckpointError(f"{folder} is not finished: {command}")
     data = load_data(recipe)
     vae = build_vae(recipe, data)
+    if read_config(folder, "fit").get("precision") == "64-true":
+        vae.double()
     load_weights(vae, folder / MODEL)
     return vae, data, recipe
 

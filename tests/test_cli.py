@@ -18,6 +18,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import pyro_vae as pv
 from pyro_vae.cli import main
 from pyro_vae.training import read_metrics
 
@@ -129,6 +130,15 @@ def test_evaluate_samples_and_plots(trained: Path) -> None:
     run("plot", trained)
     names = {path.stem for path in (trained / "figures").glob("*.png")}
     assert names == {"training_curves", "reconstructions", "samples", "latent_map", "manifold"}
+
+
+def test_a_run_in_float64_is_looked_at_in_float64(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run("train", "--out", folder, "--epochs", "1", "--hidden", "8", "--precision", "64-true")
+    run("evaluate", folder, "--num-samples", "10", "--method", "is")
+    assert pv.Evidence.load(folder / "evidence.npz").provenance["precision"] == "float64"
+    run("plot", folder)
+    run("sample", folder)
 
 
 def test_compare_ranks_evaluated_runs(trained: Path, tmp_path: Path) -> None:
