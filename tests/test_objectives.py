@@ -436,6 +436,8 @@ def test_unregistered_kl():
         {"gradient": "reinforce"},
         {"kl": "analytic", "gradient": "stl"},
         {"free_bits": -1.0},
+        {"free_bits": float("nan")},
+        {"num_particles": 2.5},
         {"num_particles": 0},
     ],
     ids=str,
