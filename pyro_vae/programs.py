@@ -350,11 +350,7 @@ def _check_batch_shape(name: str, site: Site, dims: int) -> None:
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two scales or masks (numbers, tensors or None) are the same."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return (
-            isinstance(a, Tensor) and isinstance(b, Tensor)
-            and a.shape == b.shape and bool((a == b).all())
-        )  # fmt: skip
-    return bool(a == b)
+    if a is None or b is None:
+        return a is b
+    same = getattr(a, "shape", ()) == getattr(b, "shape", ()) and a == b
+    return bool(same.all() if isinstance(same, Tensor) else same)
