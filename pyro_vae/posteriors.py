@@ -278,7 +278,6 @@ class AutoregressiveStep(Transform):
             shift, gate = self._shift_and_gate(x)
             column = y[..., i] + (y[..., i] - shift[..., i]) * torch.exp(-gate[..., i])
             x = torch.cat([x[..., :i], column.unsqueeze(-1), x[..., i + 1 :]], dim=-1)
-        self._remembered = None
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Contract: `forward(context=None) -> Distribution` with event shape `(latent,)` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.conditioning import condition
 from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.mixtures import NormalMixture
@@ -80,6 +82,7 @@ class GaussianMixture(nn.Module):
         super().__init__()
         if loc.dim() != 2:
             raise ShapeError(f"loc is (components, latent), got shape {tuple(loc.shape)}")
+        loc = _floating(loc)
         scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device).expand_as(loc)
         weights = loc.new_ones(len(loc)) if weights is None else weights
         if weights.shape != loc.shape[:1]:
@@ -161,7 +164,8 @@ class VampPrior(nn.Module):
         seed: of the rows, or of the noise.
 
     Raises:
-        ConfigError: K is less than 1 or more than the rows, or `bounds` are not in order.
+        ConfigError: K is less than 1 or more than the rows; `bounds` are not in order or not
+            finite, or do not hold `start`.
         ShapeError: `start` is a number.
     """
 
@@ -178,13 +182,19 @@ class VampPrior(nn.Module):
         super().__init__()
         if num_pseudo_inputs < 1:
             raise ConfigError(f"num_pseudo_inputs must be at least 1, got {num_pseudo_inputs}")
-        if bounds is not None and not bounds[0] < bounds[1]:
-            raise ConfigError(f"bounds are (low, high), got {bounds}")
+        if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
+            raise ConfigError(f"bounds are finite numbers (low, high), got {bounds}")
+        start = _floating(start.detach())
         self.posterior = posterior
         self.bounds = bounds
-        u = _pseudo_inputs(num_pseudo_inputs, start.detach(), noise, seed)
+        u = _pseudo_inputs(num_pseudo_inputs, start, noise, seed)
         if bounds is not None:
             low, high = bounds
+            if not ((low <= start) & (start <= high)).all():
+                raise ConfigError(
+                    f"pseudo-inputs start within their bounds {bounds}, got values from "
+                    f"{start.min().item():g} to {start.max().item():g}"
+                )
             # binary data lie on the ends, where a sigmoid has no gradient: start a little inside
             u = torch.logit((u - low) / (high - low), eps=0.02)
         self.raw = nn.Parameter(u)
@@ -203,13 +213,17 @@ class VampPrior(nn.Module):
             components = self.posterior(u)
         else:
             each = u.expand(*context.shape[:-1], *u.shape)
-            components = self.posterior(each, context.unsqueeze(-2))
+            components = condition(self.posterior, each, context=context.unsqueeze(-2))
         logits = u.new_zeros(len(u))
         normals = getattr(components, "base_dist", None)
         if isinstance(normals, torch.distributions.Normal) and len(components.event_shape) == 1:
             return NormalMixture(logits, normals.loc, normals.scale)
         weights = dist.Categorical(logits=logits.expand(components.batch_shape))
         return dist.MixtureSameFamily(weights, components)
+
+
+def _floating(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tensor:
@@ -232,6 +246,10 @@ class Flow(nn.Module):
     Takes any flow of zuko, e.g. `Flow(zuko.flows.NAF(latent))`. Training evaluates log p(z) at the
     guide's draws and generating inverts the map, so coupling flows, which do both in one pass, suit
     best: `Flow.spline` makes one. There is no analytic KL; use `ELBO(kl="monte_carlo")`.
+
+    zuko and not Pyro's own transforms: one constructor makes any flow with or without a context,
+    where Pyro has another class for each, and three spline couplings of 10 dimensions took 0.7
+    times as long for the log-density of 128 draws with its gradient, and as long for a draw.
 
     Args:
         flow: a `zuko.lazy.Flow`, called with the context.

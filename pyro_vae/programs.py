@@ -146,9 +146,15 @@ def plate_nesting(
 ) -> int:
     """How many dimensions the program's plates take, found by one run that leaves no trace.
 
-    The generators are restored, so that looking does not change what is drawn afterwards.
+    The generators are restored, so that looking does not change what is drawn afterwards, and the
+    run is in evaluation mode, so that batch normalisation does not count it.
     """
-    with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+    with (
+        torch.random.fork_rng(),
+        torch.no_grad(),
+        poutine.block(),
+        evaluating(model, guide),
+    ):
         run = Pair(model, guide, args, kwargs).run()
     sites = [*run.model.values(), *run.guide.values()]
     frames = [frame for site in sites for frame in site["cond_indep_stack"]]
@@ -197,7 +203,8 @@ def frozen_sites(pair: Pair, values: Mapping[str, Tensor]) -> dict[str, Site]:
 
     Gradients still flow through the values; this is the stopped log q of the path-derivative
     estimators (Roeder et al. 2017). The guide's param messages stay within, so that SVI moves the
-    parameters themselves and not their constant stand-ins.
+    parameters themselves and not their constant stand-ins; so do its buffers, of which batch
+    normalisation would otherwise count the batch twice.
 
     Raises:
         SiteError: a plain function uses parameters that nobody can reach from outside
@@ -205,7 +212,8 @@ def frozen_sites(pair: Pair, values: Mapping[str, Tensor]) -> dict[str, Site]:
     """
     is_module = isinstance(pair.guide, nn.Module)
     weigh = _Weigh(pair.guide)
-    detached = {name: p.detach() for name, p in weigh.named_parameters()}
+    stopped = {name: p.detach() for name, p in weigh.named_parameters()}
+    stopped |= {name: b.clone() for name, b in weigh.named_buffers()}
     with (
         poutine.block(hide_types=["param"]),
         _DetachParams(refuse_modules=not is_module),
@@ -213,7 +221,7 @@ def frozen_sites(pair: Pair, values: Mapping[str, Tensor]) -> dict[str, Site]:
     ):
         # pyro.module remarks on every parameter that it finds without a gradient
         warnings.filterwarnings("ignore", message=".*was not registered in the param store")
-        return torch.func.functional_call(weigh, detached, (pair, values))
+        return torch.func.functional_call(weigh, stopped, (pair, values))
 
 
 class _Weigh(nn.Module):
@@ -342,11 +350,7 @@ def _check_batch_shape(name: str, site: Site, dims: int) -> None:
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two scales or masks (numbers, tensors or None) are the same."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return (
-            isinstance(a, Tensor) and isinstance(b, Tensor)
-            and a.shape == b.shape and bool((a == b).all())
-        )  # fmt: skip
-    return bool(a == b)
+    if a is None or b is None:
+        return a is b
+    same = getattr(a, "shape", ()) == getattr(b, "shape", ()) and a == b
+    return bool(same.all() if isinstance(same, Tensor) else same)

@@ -14,6 +14,7 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
+from pyro_vae.conditioning import condition
 from pyro_vae.errors import ParameterStoreError, ShapeError
 from pyro_vae.likelihoods import check_finite
 from pyro_vae.programs import evaluating
@@ -81,8 +82,8 @@ class VAE(Generative):
 
     Model and guide are `nn.Module`s with sites `"z"` and `"x"` in the plate `"data"`; each is
     called with data `x` of shape `(N, features)` and, where the parts take one, a `context` of
-    shape `(N, ...)`. They go to `SVI(vae.model, vae.guide, ...)`, to any `ELBO()(vae.model,
-    vae.guide)`, and to every tool of this library.
+    shape `(N, ...)`; a part that takes none is called without. They go to `SVI(vae.model,
+    vae.guide, ...)`, to any `ELBO()(vae.model, vae.guide)`, and to every tool of this library.
 
     Args:
         prior: returns p(z), event shape `(latent,)`: a module or any callable.
@@ -240,11 +241,6 @@ def _announce(full: str, parameter: Tensor) -> None:
     effectful(type="param")(lambda *_, **__: parameter)(
         full, parameter, constraint=constraints.real, name=full
     )
-
-
-def condition(part: Conditional, *args: Tensor, context: Tensor | None) -> Distribution:
-    """Call a part; a callable that knows nothing of contexts is not troubled with one."""
-    return part(*args) if context is None else part(*args, context)
 
 
 def _unique_name(program: nn.Module) -> str:

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from scipy.special import logsumexp
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
 from toys import (
     LATENT,
@@ -58,6 +58,35 @@ def test_value_is_scipys_logsumexp_on_the_same_draws(num_particles, num_estimate
     assert -terms.loss.item() == pytest.approx(bound.sum(), rel=1e-12)
     elbo = log_w.mean((0, 1)).sum()
     assert (terms.reconstruction - terms.kl).item() == pytest.approx(elbo, rel=1e-12)
+
+
+def test_the_kl_by_dimension_is_that_of_the_same_draws():
+    x = linear_data()
+    model, guide = linear_pair()
+    for gradient in ("standard", "stl", "dreg"):
+        with Draws() as draws:
+            terms = MIWAE(3, 2, gradient, max_plate_nesting=1).terms(model, guide, x)
+        z = draws.values["z"][0].numpy()
+        loc = (x @ guide.weight.T + guide.bias).detach().numpy()
+        log_q = norm.logpdf(z, loc, guide.log_scale.exp().detach().numpy())
+        expected = (log_q - norm.logpdf(z)).mean(0).sum(0)
+        np.testing.assert_allclose(terms.kl_per_dimension["z"], expected, rtol=1e-12)
+        assert terms.kl.item() == pytest.approx(expected.sum())
+        assert terms.estimators == {"z": "monte_carlo"}
+
+
+@pytest.mark.parametrize("gradient", ["standard", "stl", "dreg"])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_program_may_be_frozen(gradient, frozen):
+    pair = linear_pair()
+    x = linear_data()
+    gradients = []
+    for _ in range(2):
+        pyro.set_rng_seed(0)
+        loss = IWAE(3, gradient).differentiable_loss(*pair, x)
+        gradients.append(gradient_of(loss, pair[1 - frozen]))
+        pair[frozen].requires_grad_(False)
+    torch.testing.assert_close(*gradients)
 
 
 def test_one_particle_is_the_elbo():
@@ -249,6 +278,45 @@ def test_masks_and_scales_that_all_sites_share():
         assert -loss == pytest.approx((weight * evidence).sum())
 
 
+def pixels_model(x: Tensor) -> None:
+    """One latent a datum, several values of it: the plates are nested, and "data" is the outer."""
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("pixels", x.shape[1], dim=-1):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def pixels_guide(x: Tensor) -> None:
+    """The posterior."""
+    precision = 1 + x.shape[1]
+    with pyro.plate("data", len(x), dim=-2):
+        pyro.sample("z", dist.Normal(x.sum(1, keepdim=True) / precision, precision**-0.5))
+
+
+@pytest.mark.parametrize("gradient", ["standard", "stl", "dreg"])
+def test_scales_and_masks_of_data_in_an_outer_plate(gradient):
+    x = linear_data()
+    covariance = np.eye(3) + np.ones((3, 3))
+    evidence = multivariate_normal(np.zeros(3), covariance).logpdf(x)
+    by_row = torch.tensor([[1.0], [2.0], [0.5], [3.0]])
+    keep = torch.tensor([[True], [False], [True], [True]])
+    for wrap, weight in (
+        (lambda p: p, torch.ones(4, 1)),
+        (lambda p: poutine.scale(p, scale=by_row), by_row),
+        (lambda p: poutine.mask(p, mask=keep), keep),
+    ):
+        pair = wrap(pixels_model), wrap(pixels_guide)
+        loss = MIWAE(3, 2, gradient).differentiable_loss(*pair, x)
+        assert -loss.item() == pytest.approx((weight[:, 0].numpy() * evidence).sum())
+
+
+def test_a_scale_that_differs_within_a_datum_is_refused():
+    by_pixel = torch.tensor([1.0, 2.0, 0.5])
+    pair = (poutine.scale(p, scale=by_pixel) for p in (pixels_model, pixels_guide))
+    with pytest.raises(SiteError, match=r"shape \(3,\), differs within a datum"):
+        IWAE(3).loss(*pair, linear_data())
+
+
 def test_differing_scales_are_refused():
     model, guide = linear_pair()
     with pytest.raises(SiteError, match="carry different scales"):
@@ -313,7 +381,7 @@ def test_too_small_a_plate_nesting_is_refused():
         IWAE(1, max_plate_nesting=0).loss(model, guide, linear_data())
 
 
-@pytest.mark.parametrize("arguments", [(0, 1), (1, 0), (2, 1, "reinforce")])
+@pytest.mark.parametrize("arguments", [(0, 1), (1, 0), (2.5, 1), (2, 1.5), (2, 1, "reinforce")])
 def test_options_that_mean_nothing(arguments):
     with pytest.raises(ConfigError):
         MIWAE(*arguments)

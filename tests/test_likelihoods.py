@@ -392,6 +392,8 @@ def test_not_finite_data_are_named():
         lambda: L.Normal(RAW, min_scale=0),
         lambda: L.StudentT(RAW, df=1),
         lambda: L.Binomial(RAW, 0),
+        lambda: L.Binomial(RAW, 2.5),
+        lambda: L.Categorical(RAW, 2.5),
         lambda: L.Categorical(RAW, 1),
         lambda: L.DiscretizedLogistic(RAW, levels=1),
         lambda: L.NegativeBinomial(RAW, 0.0),

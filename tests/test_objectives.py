@@ -236,6 +236,17 @@ def test_one_sided_scale_or_mask_has_no_analytic_kl(wrap):
     assert ELBO(kl="auto").terms(wrapped, guide, x).estimators == {"z": "monte_carlo"}
 
 
+def test_a_number_and_a_tensor_may_be_the_same_scale():
+    x = linear_data()
+    model, guide = linear_pair()
+    half = torch.tensor(0.5)
+    scaled = poutine.scale(model, scale=half), poutine.scale(guide, scale=0.5)
+    plain = seeded_loss(ELBO(), model, guide, x)
+    assert seeded_loss(ELBO(), *scaled, x) == pytest.approx(0.5 * plain)
+    with pytest.raises(AnalyticKLError, match="different scales"):
+        ELBO().loss(scaled[0], poutine.scale(guide, scale=0.6), x)
+
+
 def test_undeclared_batch_dimensions_are_refused():
     def program(x):
         return pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
@@ -436,6 +447,8 @@ def test_unregistered_kl():
         {"gradient": "reinforce"},
         {"kl": "analytic", "gradient": "stl"},
         {"free_bits": -1.0},
+        {"free_bits": float("nan")},
+        {"num_particles": 2.5},
         {"num_particles": 0},
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """Every posterior against scipy, autograd's Jacobian and numerical integration."""
 
+import math
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -63,6 +65,10 @@ def test_full_rank_outputs_fill_the_triangle():
     factor = posteriors.FullRankNormal(RAW, 3)(raw).scale_tril
     want = torch.tensor([[1.0, 0, 0], [1, 1, 0], [2, 3, 1]])
     torch.testing.assert_close(factor, want, atol=1e-3, rtol=0)
+    # the diagonal's logarithms are doubled: log-variances where the rest is zero
+    raw = torch.tensor([0.0, 0, 0, -4, 1, 2, 0, 0, 0])
+    variance = posteriors.FullRankNormal(RAW, 3)(raw).variance
+    torch.testing.assert_close(variance.log(), torch.tensor([-4.0, 1, 2]), atol=1e-3, rtol=0)
 
 
 def test_full_rank_kl_to_a_product_is_torchs_kl_to_the_same_full_normal():
@@ -105,6 +111,8 @@ def test_draws_remember_what_the_inverse_would_find(steps):
     inverted = fresh.log_prob(z.clone())
     torch.testing.assert_close(remembered, inverted, rtol=1e-9, atol=1e-9)
     assert abs(remembered.std().item()) > 0.1
+    other = torch.randn(5, 4, 3)  # not that of the draw
+    torch.testing.assert_close(drawn.log_prob(other), fresh.log_prob(other))
 
 
 def test_log_density_is_that_of_autograds_jacobian():
@@ -123,6 +131,17 @@ def test_log_density_is_that_of_autograds_jacobian():
     assert module(x[0]).log_prob(push(noise).detach()).item() == pytest.approx(want, rel=1e-9)
     # autoregressive both ways round, so no dimension is left out
     assert (jacobian.tril(-1).abs().sum() > 1e-3) & (jacobian.triu(1).abs().sum() > 1e-3)
+
+
+def test_a_step_of_zero_weights_is_a_multiple_of_its_input():
+    """y = s x with s = sigmoid(1.5) = 0.82, near the identity (Kingma et al. 2016, app. C.2)."""
+    module, x = flow(rows=1, steps=1)
+    with torch.no_grad():
+        for parameter in module.networks.parameters():
+            parameter.zero_()
+    (step,) = module(x[0]).transforms
+    z = torch.randn(3)
+    torch.testing.assert_close(step(z), z / (1 + math.exp(-1.5)))
 
 
 def test_one_step_is_triangular():

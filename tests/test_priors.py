@@ -46,6 +46,10 @@ def test_standard_normal_is_scipys():
     np.testing.assert_allclose(priors.StandardNormal(3)().log_prob(z), want)
 
 
+def test_standard_normal_has_nothing_to_save():
+    assert not priors.StandardNormal(3).state_dict()
+
+
 def test_mixture_is_scipys():
     loc, scale = torch.randn(4, 3), torch.rand(4, 3) + 0.2
     weights = torch.tensor([1.0, 2.0, 0.5, 4.0])
@@ -97,6 +101,15 @@ def test_mixture_by_one_product_is_torchs_by_broadcasting(dtype):
         assert (naive - exact).abs().max() > 1
 
 
+def test_mixture_far_from_the_origin_loses_nothing():
+    # the squares of the means are 1e12 times the variances
+    loc = 1e4 + 0.05 * torch.randn(3, 2)
+    p = NormalMixture(torch.zeros(3), loc, torch.full((3, 2), 0.01))
+    z = loc[:, None] + 0.02 * torch.randn(4, 2)
+    oracle = logsumexp(st.norm(loc, 0.01).logpdf(z[..., None, :]).sum(-1), axis=-1) - np.log(3)
+    np.testing.assert_allclose(p.log_prob(z), oracle, atol=1e-7)
+
+
 def test_mixture_expanded_and_batched():
     loc, z = torch.randn(4, 5, 3, 2), torch.randn(7, 4, 5, 2)
     p = NormalMixture(torch.randn(3), loc, torch.rand(4, 5, 3, 2) + 0.1)
@@ -135,6 +148,16 @@ def test_mixture_learned_or_fixed():
         (lambda: priors.VampPrior(torch.nn.Identity(), 3, torch.tensor(0.0)), ShapeError),
         (
             lambda: priors.VampPrior(torch.nn.Identity(), 1, torch.zeros(2), bounds=(1, 0)),
+            ConfigError,
+        ),
+        (
+            lambda: priors.VampPrior(
+                torch.nn.Identity(), 1, torch.zeros(2), bounds=(0, float("inf"))
+            ),
+            ConfigError,
+        ),
+        (
+            lambda: priors.VampPrior(torch.nn.Identity(), 1, torch.ones(1, 2) * 255, bounds=(0, 1)),
             ConfigError,
         ),
         (
@@ -215,6 +238,30 @@ def test_pseudo_inputs_start_at_data_and_stay_in_bounds():
     assert ((bounded.pseudo_inputs >= 0) & (bounded.pseudo_inputs <= 1)).all()
 
 
+def test_pseudo_inputs_between_any_bounds_and_at_rows_drawn_by_the_seed():
+    q = posteriors.DiagonalNormal(MLP(3, [], 4))
+    x = torch.linspace(-1.9, 2.9, 60).reshape(20, 3)
+    prior = priors.VampPrior(q, 20, x, bounds=(-2.0, 3.0))
+    torch.testing.assert_close(prior.pseudo_inputs.sort(0).values, x)
+    with torch.no_grad():
+        prior.raw.copy_(torch.linspace(-20, 20, 60).reshape(20, 3))
+    assert -2 < prior.pseudo_inputs.min() < -1.99
+    assert 2.99 < prior.pseudo_inputs.max() < 3
+    some = [priors.VampPrior(q, 10, x, seed=seed).pseudo_inputs for seed in (0, 0, 1)]
+    assert torch.equal(some[0], some[1])
+    assert not torch.equal(some[0].sort(0).values, some[2].sort(0).values)
+
+
+def test_whole_numbers_serve_as_means_and_pseudo_inputs():
+    mixture = priors.GaussianMixture(torch.tensor([[0, 0], [3, 1]]), 0.5)
+    oracle = priors.GaussianMixture(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), 0.5)
+    z = torch.randn(4, 2)
+    torch.testing.assert_close(mixture().log_prob(z), oracle().log_prob(z))
+    q = posteriors.DiagonalNormal(MLP(2, [], 4))
+    vamp = priors.VampPrior(q, 2, torch.tensor([[0, 1], [1, 1]]))
+    assert vamp().log_prob(z).shape == (4,)
+
+
 def test_pseudo_inputs_start_around_the_mean():
     mean = torch.tensor([0.2, 5.0, -1.0])
     q = posteriors.DiagonalNormal(MLP(3, [], 4))
@@ -254,6 +301,16 @@ def test_flow_is_a_density(name):
         for parameter in flow.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         expect_density_of_its_draws(flow(), points=401, atol=1e-3)
+
+
+def test_a_spline_flow_couples_halves_so_that_draws_take_one_pass():
+    flow = priors.Flow.spline(4, transforms=1, hidden=(8,))
+    z = torch.randn(4, requires_grad=True)
+    at = flow.flow().transform(z)
+    jacobian = torch.stack([torch.autograd.grad(v, z, retain_graph=True)[0] for v in at])
+    on = jacobian != 0
+    # two dimensions depend on themselves alone, two on themselves and those: no chain
+    assert sorted(on.sum(1).tolist()) == [1, 1, 3, 3]
 
 
 def test_flow_in_plates_and_with_a_context():

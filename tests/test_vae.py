@@ -343,6 +343,29 @@ def make_conditional() -> pv.VAE:
     )
 
 
+def test_parts_that_take_no_context_are_called_without_one():
+    """Counts with an offset: the context is the likelihood's alone."""
+    q = pv.posteriors.DiagonalNormal(pv.networks.MLP(FEATURES, [5], 2 * LATENT))
+    likelihood = pv.likelihoods.Poisson(pv.networks.MLP(LATENT, [5], FEATURES), offset=True)
+    x, log_exposure = torch.ones(8, FEATURES), torch.linspace(0, 3, 8).unsqueeze(1)
+
+    def posterior(x):
+        return q(x)
+
+    def laplace():
+        return dist.Laplace(torch.zeros(LATENT), 1.0).to_event(1)
+
+    vamp = pv.priors.VampPrior(posterior, 3, torch.rand(3, FEATURES))
+    for prior in (laplace, vamp):
+        vae = pv.VAE(prior, likelihood, posterior)
+        vae.check_shape(x, log_exposure)
+        assert pv.IWAE(2).loss(vae.model, vae.guide, x, log_exposure) > 0
+        z = vae.encode(x, log_exposure).sample()
+        ratio = vae.decode(z, log_exposure).mean / vae.decode(z, 0 * log_exposure).mean
+        torch.testing.assert_close(ratio, log_exposure.exp().expand_as(ratio))
+        assert vae.generate(8, log_exposure, seed=0).mean.shape == (8, FEATURES)
+
+
 def test_context_reaches_all_three_parts():
     vae, x = make_conditional(), make_data()
     context = torch.arange(24.0).reshape(8, 3)

@@ -19,7 +19,7 @@ class Likelihood(nn.Module):
     A likelihood of one's own is a subclass with `support` and `distribution`.
 
     Args:
-        network: maps `(..., latent)` to `(..., outputs_per_feature * features)`; the first
+        network: maps rows `(n, latent)` to `(n, outputs_per_feature * features)`; the first
             `features` outputs are the first parameter, the next the second, and so on. None makes
             a description without a network, for a column of `Columns`.
 
@@ -53,11 +53,7 @@ class Likelihood(nn.Module):
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], int]:
         """The network's outputs at z, one tensor a parameter, and their event dimensions."""
-        if self.network is None:
-            raise ConfigError(f"{type(self).__name__} has no network: give it one, or use Columns")
-        inputs = concatenate(z, context)
-        outputs = self.network(inputs)
-        event_dim = outputs.dim() - inputs.dim() + 1
+        outputs, event_dim = self.outputs_at(z, context)
         size, parts = outputs.shape[-event_dim], self.outputs_per_feature
         if size % parts:
             raise ShapeError(
@@ -65,6 +61,18 @@ class Likelihood(nn.Module):
                 f"got {size} outputs in all"
             )
         return outputs.chunk(parts, dim=-event_dim), event_dim
+
+    def outputs_at(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, int]:
+        """The network's outputs at z, and how many of their dimensions are a datum's.
+
+        The network is given rows, whatever the leading dimensions: batch normalisation takes any
+        other dimension for its channels.
+        """
+        if self.network is None:
+            raise ConfigError(f"{type(self).__name__} has no network: give it one, or use Columns")
+        inputs = concatenate(z, context)
+        rows = self.network(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], *rows.shape[1:]), rows.dim() - 1
 
     def distribution(self, *parameters: Tensor) -> Distribution:
         """The distribution of every value of a datum, given the network's outputs for it."""

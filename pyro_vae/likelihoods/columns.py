@@ -12,7 +12,6 @@ from torch.distributions import constraints
 from pyro_vae import distributions
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.likelihoods.base import Likelihood, check_finite
-from pyro_vae.networks import concatenate
 from pyro_vae.typing import Distribution
 
 
@@ -59,8 +58,7 @@ class Columns(Likelihood):
         Raises:
             ShapeError: the network has not `Columns.outputs` outputs.
         """
-        assert self.network is not None
-        outputs = self.network(concatenate(z, context))
+        outputs, _ = self.outputs_at(z, context)
         widths = [
             size * kind.outputs_per_feature
             for kind, size in zip(self._kinds, self.sizes, strict=True)

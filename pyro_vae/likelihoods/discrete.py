@@ -26,15 +26,15 @@ class Binomial(Likelihood):
         total_count: trials, the same for every value of a datum.
 
     Raises:
-        ConfigError: `total_count` is less than 1.
+        ConfigError: `total_count` is not a whole number of at least 1.
     """
 
     advice = "Raise total_count, or multiply data in [0, 1] by it and round."
 
     def __init__(self, network: nn.Module | None = None, total_count: int = 1) -> None:
         super().__init__(network)
-        if total_count < 1:
-            raise ConfigError(f"total_count must be at least 1, got {total_count}")
+        if total_count < 1 or total_count % 1:
+            raise ConfigError(f"total_count is a whole number of at least 1, got {total_count!r}")
         self.total_count = total_count
         self.support = constraints.integer_interval(0, total_count)
         self.takes = f"whole numbers from 0 to {total_count}"
@@ -59,15 +59,17 @@ class Categorical(Likelihood):
         num_categories: at least 2, the same for every value of a datum (see `Columns` otherwise).
 
     Raises:
-        ConfigError: `num_categories` is less than 2.
+        ConfigError: `num_categories` is not a whole number of at least 2.
     """
 
     advice = "Code the categories 0, 1, ..., or raise num_categories."
 
     def __init__(self, network: nn.Module | None = None, num_categories: int = 2) -> None:
         super().__init__(network)
-        if num_categories < 2:
-            raise ConfigError(f"num_categories must be at least 2, got {num_categories}")
+        if num_categories < 2 or num_categories % 1:
+            raise ConfigError(
+                f"num_categories is a whole number of at least 2, got {num_categories!r}"
+            )
         self.outputs_per_feature = num_categories
         self.support = constraints.integer_interval(0, num_categories - 1)
         self.takes = f"the codes 0 to {num_categories - 1}"
@@ -113,8 +115,8 @@ class DiscretizedLogistic(LocationScale):
             mean_activation=mean_activation,
             features=features,
         )
-        if levels < 2:
-            raise ConfigError(f"levels must be at least 2, got {levels}")
+        if levels < 2 or levels % 1:
+            raise ConfigError(f"levels is a whole number of at least 2, got {levels!r}")
         self.levels = levels
         self.support = distributions.Levels(levels)
         self.takes = f"the {levels} levels k/{levels - 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import pyro.infer
@@ -28,7 +29,8 @@ class Terms:
         reconstruction: E_q[log p(x|z)], estimated at the draws.
         kl: E_q[log q(z|x) - log p(z)], neither weighted nor held at free bits.
         kl_per_dimension: the KL of each latent site by dimension of its event, `(latent,)`, for
-            sites whose prior and posterior both factorise over dimensions.
+            sites whose prior and posterior both factorise over dimensions. That of `IWAE` and
+            `MIWAE` carries no gradient.
         estimators: which KL estimator each latent site really used.
     """
 
@@ -48,12 +50,11 @@ class Objective(pyro.infer.ELBO):
             one extra run at the first call that needs it.
 
     Raises:
-        ConfigError: `num_particles` is less than 1.
+        ConfigError: `num_particles` is not a whole number of at least 1.
     """
 
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = float("inf")) -> None:
-        if num_particles < 1:
-            raise ConfigError(f"num_particles must be at least 1, got {num_particles}")
+        check_number("num_particles", num_particles)
         super().__init__(num_particles=num_particles)
         self.max_plate_nesting = max_plate_nesting
 
@@ -96,6 +97,12 @@ class Objective(pyro.infer.ELBO):
 
     def _get_trace(self, *_: Any) -> Any:
         raise TypeError("this objective runs programs itself; call terms() or loss()")
+
+
+def check_number(name: str, value: int) -> None:
+    """Raise `ConfigError` unless `value` is a whole number of at least 1."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def frozen_sites(pair: Pair, run: Run, values: Mapping[str, Tensor]) -> dict[str, Site]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import kl_divergence
 
 from pyro_vae import programs
 from pyro_vae.errors import AnalyticKLError, ConfigError, SiteError
@@ -19,6 +19,7 @@ from pyro_vae.objectives.base import (
     check_reparametrized,
     frozen_sites,
 )
+from pyro_vae.objectives.dimensions import dimension_first, factors, monte_carlo_kl
 from pyro_vae.objectives.expectation import Expectation
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
@@ -74,8 +75,8 @@ class ELBO(Objective):
             raise ConfigError(f'gradient is "standard" or "stl", got {gradient!r}')
         if gradient == "stl" and kl != "monte_carlo":
             raise ConfigError(f'gradient="stl" is of the Monte Carlo KL, got kl={kl!r}')
-        if free_bits < 0:
-            raise ConfigError(f"free_bits must not be negative, got {free_bits}")
+        if not 0.0 <= free_bits < float("inf"):
+            raise ConfigError(f"free_bits must be finite and not negative, got {free_bits}")
         super().__init__(num_particles, max_plate_nesting)
         self.kl = kl
         self.gradient = gradient
@@ -133,17 +134,14 @@ class ELBO(Objective):
         if self.kl != "monte_carlo" and not enumerated:
             kl, obstacle = _analytic_kl(name, run)
             if kl is not None:
-                return SiteKL(mean(p, programs.masked(p, kl)), _factors(q, p), "analytic", p)
+                return SiteKL(mean(p, programs.masked(p, kl)), factors(q, p), "analytic", p)
             if self.kl == "analytic":
                 raise AnalyticKLError(
                     f'no analytic KL at site "{name}": {obstacle}. Ask for kl="auto" (Monte Carlo '
                     'at such sites) or kl="monte_carlo"'
                 )
-        log_q, log_p = (
-            programs.masked(s, _log_prob_by_dimension(s, _factors(q, p))) for s in (q, p)
-        )
         estimator: Estimator = "enumerated" if enumerated else "monte_carlo"
-        return SiteKL(mean(q, log_q) - mean(p, log_p), _factors(q, p), estimator, p)
+        return SiteKL(monte_carlo_kl(q, p, mean), factors(q, p), estimator, p)
 
     def _hold(self, name: str, kl: SiteKL, mean: Expectation) -> Tensor:
         """The site's KL with every dimension at its free bits or above."""
@@ -186,7 +184,7 @@ def _analytic_kl(name: str, run: Run) -> tuple[Tensor | None, str]:
     if not programs.same_scale(q, p):
         return None, "model and guide carry different scales or masks there"
     q_fn, p_fn = q["fn"], p["fn"]
-    if _factors(q, p):
+    if factors(q, p):
         q_fn, p_fn = q_fn.base_dist, p_fn.base_dist
     if isinstance(q_fn, Delta):
         return None, "the guide's distribution is a Delta, whose log-density is exact as it is"
@@ -195,30 +193,7 @@ def _analytic_kl(name: str, run: Run) -> tuple[Tensor | None, str]:
     except NotImplementedError:
         names = f"{type(q_fn).__name__}, {type(p_fn).__name__}"
         return None, f"no closed form is registered for ({names})"
-    return _dimension_first(kl, q, _factors(q, p)), ""
-
-
-def _log_prob_by_dimension(site: Site, by_dimension: bool) -> Tensor:
-    if not by_dimension:
-        return programs.log_prob(site).unsqueeze(0)
-    value = site["fn"].base_dist.log_prob(site["value"], *site["args"], **site["kwargs"])
-    return _dimension_first(value, site, by_dimension)
-
-
-def _dimension_first(value: Tensor, site: Site, by_dimension: bool) -> Tensor:
-    """`(*batch, *event)` to `(event, *batch)`: masks and scales then broadcast over the batch."""
-    if not by_dimension:
-        return value.unsqueeze(0)
-    return value.flatten(-len(site["fn"].event_shape)).movedim(-1, 0)
-
-
-def _factors(q: Site, p: Site) -> bool:
-    """Whether both distributions are products over the same dimensions."""
-    both = (q["fn"], p["fn"])
-    return all(isinstance(fn, Independent) for fn in both) and all(
-        fn.reinterpreted_batch_ndims == len(fn.event_shape) == len(q["fn"].event_shape)
-        for fn in both
-    )
+    return dimension_first(kl, q, factors(q, p)), ""
 
 
 def _before(name: str, order: list[str]) -> set[str]:

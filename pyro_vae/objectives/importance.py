@@ -11,7 +11,14 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.objectives.base import Objective, Terms, check_reparametrized, frozen_sites
+from pyro_vae.objectives.base import (
+    Objective,
+    Terms,
+    check_number,
+    check_reparametrized,
+    frozen_sites,
+)
+from pyro_vae.objectives.dimensions import factors, monte_carlo_kl
 from pyro_vae.programs import Pair, Run
 from pyro_vae.typing import Program
 
@@ -50,8 +57,8 @@ class MIWAE(Objective):
     ) -> None:
         if gradient not in ("standard", "stl", "dreg"):
             raise ConfigError(f'gradient is "standard", "stl" or "dreg", got {gradient!r}')
-        if num_estimates < 1:
-            raise ConfigError(f"num_estimates must be at least 1, got {num_estimates}")
+        check_number("num_particles", num_particles)
+        check_number("num_estimates", num_estimates)
         super().__init__(num_particles * num_estimates, max_plate_nesting)
         self.num_estimates = num_estimates
         self.gradient = gradient
@@ -77,8 +84,21 @@ class MIWAE(Objective):
             loss = _with_gradient_of(loss, -self._dreg(log_w, weights, leaves, draws))
         reconstruction = weights.total(weights.reconstruction.mean(0))
         kl = weights.total((weights.reconstruction - weights.log_w).mean(0))
-        estimators = dict.fromkeys((name for name, _ in run.latent), "monte_carlo")
-        return Terms(loss, reconstruction, kl, estimators=estimators)  # type: ignore[arg-type]
+        return Terms(
+            loss,
+            reconstruction,
+            kl,
+            kl_per_dimension=self._kl_per_dimension(run),
+            estimators={name: "monte_carlo" for name, _ in run.latent},
+        )
+
+    @torch.no_grad()
+    def _kl_per_dimension(self, run: Run) -> dict[str, Tensor]:
+        """As that of the ELBO; the loss is not made of it, so it carries no gradient."""
+        sites = [(name, run.guide[name], p) for name, p in run.latent]
+        return {
+            name: monte_carlo_kl(q, p) / self.num_particles for name, q, p in sites if factors(q, p)
+        }
 
     def _dreg(
         self,
@@ -93,6 +113,8 @@ class MIWAE(Objective):
         model_part = weights.total((w * log_w).sum(1).mean(0))
         squared = weights.total((w**2 * log_w).sum(1).mean(0))
         sites = [name for name in leaves if leaves[name].requires_grad]
+        if not sites:
+            return model_part
         slopes = torch.autograd.grad(
             squared, [leaves[name] for name in sites], retain_graph=True, allow_unused=True
         )
@@ -141,7 +163,7 @@ class LogWeights:
         everywhere = [*sites, *run.guide.items()]
         _check_nesting(everywhere, pair.nesting)
         plates = programs.shared_plates([site for _, site in everywhere])
-        scale = _common_scale(everywhere, plates)
+        scale = _scale_of_a_datum(_common_scale(everywhere, plates), plates, pair.nesting)
 
         def within(site: programs.Site) -> Tensor:
             return programs.sum_within(programs.log_prob(site), plates, pair.nesting)
@@ -186,6 +208,20 @@ def _common_scale(sites: list[tuple[str, programs.Site]], plates: list[int]) -> 
                 "weights of a datum mean nothing: scale all sites alike, or use ELBO"
             )
     return first["scale"]
+
+
+def _scale_of_a_datum(scale: Any, plates: list[int], nesting: int) -> Any:
+    """A scale in the dimensions of the data alone, as the weights are."""
+    if not isinstance(scale, Tensor) or scale.numel() == 1:
+        return scale
+    shape = (1,) * (nesting - scale.dim()) + tuple(scale.shape)
+    inner = [dim for dim in range(-len(shape), 0) if dim not in plates]
+    if any(shape[dim] != 1 for dim in inner):
+        raise SiteError(
+            f"the scale, of shape {tuple(scale.shape)}, differs within a datum, so it would enter "
+            "its importance weight: give one for each datum, or use ELBO"
+        )
+    return scale.reshape([shape[dim] for dim in plates])
 
 
 def _leaves(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,41 @@
+"""The densities of a latent site by dimension of its event, for sites that factorise over them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_vae import programs
+from pyro_vae.objectives.expectation import Expectation
+from pyro_vae.programs import Site
+
+
+def factors(q: Site, p: Site) -> bool:
+    """Whether both distributions are products over the same dimensions."""
+    both = (q["fn"], p["fn"])
+    return all(isinstance(fn, Independent) for fn in both) and all(
+        fn.reinterpreted_batch_ndims == len(fn.event_shape) == len(q["fn"].event_shape)
+        for fn in both
+    )
+
+
+def monte_carlo_kl(q: Site, p: Site, mean: Expectation) -> Tensor:
+    """E[log q(z) - log p(z)] from the draws, each with its site's mask and scale: by dimension
+    where both factorise, else one number."""
+    by_dimension = factors(q, p)
+    log_q, log_p = (mean(s, programs.masked(s, _log_prob(s, by_dimension))) for s in (q, p))
+    return log_q - log_p
+
+
+def dimension_first(value: Tensor, site: Site, by_dimension: bool) -> Tensor:
+    """`(*batch, *event)` to `(event, *batch)`: masks and scales then broadcast over the batch."""
+    if not by_dimension:
+        return value.unsqueeze(0)
+    return value.flatten(-len(site["fn"].event_shape)).movedim(-1, 0)
+
+
+def _log_prob(site: Site, by_dimension: bool) -> Tensor:
+    if not by_dimension:
+        return programs.log_prob(site).unsqueeze(0)
+    value = site["fn"].base_dist.log_prob(site["value"], *site["args"], **site["kwargs"])
+    return dimension_first(value, site, by_dimension)
