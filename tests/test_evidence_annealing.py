@@ -17,7 +17,7 @@ from pyro_vae.errors import ConfigError, SiteError
 from pyro_vae.evidence import ais
 from pyro_vae.evidence.ais import Settings, Space, State
 from pyro_vae.evidence.annealing import Annealer
-from pyro_vae.evidence.marginal import undisturbed
+from pyro_vae.evidence.ground import undisturbed
 from pyro_vae.evidence.pushforward import pull, push
 from pyro_vae.evidence.target import Target
 

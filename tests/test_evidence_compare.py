@@ -46,8 +46,11 @@ def test_refuses_what_cannot_be_compared() -> None:
     with pytest.raises(ConfigError, match=r"num_samples \[500\] and \[400\]"):
         one.compare(evaluate(pair, x, num_samples=400))
     assert one.compare(evaluate(pair, x, num_samples=400), mixed=True).mean < 1
-    with pytest.raises(ConfigError, match="at least two"):
-        pv.compare({"alone": one})
+    for few in ({"alone": one}, [one, one]):
+        with pytest.raises(ConfigError, match="at least two"):
+            pv.compare(few)
+    with pytest.raises(ConfigError, match="got float"):
+        one.compare(-1.5)
 
 
 def test_posterior_draws_are_calibrated_where_the_guide_is_not() -> None:

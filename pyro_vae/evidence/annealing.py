@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import SiteError
+from pyro_vae.errors import ConfigError, SiteError
 from pyro_vae.evidence import ais, kernels
 from pyro_vae.evidence.ais import Position, Settings, Space, State
 from pyro_vae.evidence.draws import FreshNoise, Guide, Place
@@ -17,6 +17,14 @@ from pyro_vae.evidence.target import Target
 
 Start = Literal["guide", "prior"]
 ROUND_ONE, ROUND_TWO, BACKWARD = 1, 2, 3
+
+
+def check_annealing(settings: Any, start: Any) -> None:
+    """Raise `ConfigError` unless these say how to anneal and from where."""
+    if settings is not None and not isinstance(settings, Settings):
+        raise ConfigError(f"annealing takes pyro_vae.evidence.Settings(...), got {settings!r}")
+    if start not in get_args(Start):
+        raise ConfigError(f'start is "guide" or "prior", got {start!r}')
 
 
 class Annealer:

@@ -21,6 +21,7 @@ from pyro_vae.evidence.sites import (
     check_support,
     data_plate,
     discrete_values,
+    explained,
 )
 from pyro_vae.programs import Pair, Run
 from pyro_vae.seeding import derive
@@ -46,6 +47,7 @@ class Target:
     Raises:
         SiteError: a site lies outside the plate of the data, a latent site is missing from the
             guide, nothing is observed, or a plate inside that of the data is subsampled.
+        DataError: a program does not run on `x`, or not for several draws at once.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class Target:
         self.size = len(x)
         self.evaluations = 0
         self.nesting = 0
+        self.enumerate_all = enumerate_all
         rows = range(min(self.size, PROBE_ROWS))
-        run = self._probe(rows, enumerate_all)
+        run = self._probe(rows, 1)
         sites = [*run.model.items(), *run.guide.items()]
         self.nesting = max(
             (-f.dim for _, s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0
@@ -83,6 +86,8 @@ class Target:
         self.latent_size = sum(value.numel() for value in run.values.values()) // len(rows)
         self.data_size = sum(s["value"].numel() for _, s in run.observed) // len(rows)
         self.bytes_per_pair = self._measure()
+        if not enumerate_all:
+            self._probe(rows, 2)
 
     def subset(self, chosen: Sequence[int]) -> Target:
         """The target of some of the rows, which keep their random streams."""
@@ -91,7 +96,8 @@ class Target:
             a[index] if isinstance(a, Tensor) and a.dim() and len(a) == self.size else a
             for a in self.arguments
         )
-        return Target(self.model, self.guide, x, args, ids=[self.ids[i] for i in chosen])
+        ids = [self.ids[i] for i in chosen]
+        return Target(self.model, self.guide, x, args, self.enumerate_all, ids)
 
     def seeds(self, rows: range, seed: int, *keys: int) -> list[int]:
         """A seed for each of the rows."""
@@ -161,13 +167,15 @@ class Target:
             for a in self.arguments
         )
 
-    def _probe(self, rows: range, enumerate_all: bool) -> Run:
+    def _probe(self, rows: range, num_draws: int) -> Run:
         """One run on the first rows; sites that the guide lacks draw from the model."""
-        pair = self.pair(rows, 1)
+        pair = self.pair(rows, num_draws)
         with torch.random.fork_rng(), torch.no_grad():
-            guide = {} if enumerate_all else pair.sites_at(self.guide, {})
+            with explained("guide", pair.args, num_draws):
+                guide = {} if self.enumerate_all else pair.sites_at(self.guide, {})
             values = {name: site["value"] for name, site in guide.items()}
-            return Run(pair.sites_at(self.model, values), guide)
+            with explained("model", pair.args, num_draws):
+                return Run(pair.sites_at(self.model, values), guide)
 
     def _measure(self) -> int:
         """Memory that one (datum, draw) takes: its largest intermediate results together."""
