@@ -124,6 +124,14 @@ def _no_plate(
     )
 
 
+def plain_support(fn: Any) -> constraints.Constraint:
+    """The support of a distribution's single values, without the wrapping of events."""
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
 def check_support(name: str, site: Site, plate: int, rows: range) -> None:
     """Raise `SupportError` where an observed value is outside its distribution's support.
 
@@ -132,9 +140,7 @@ def check_support(name: str, site: Site, plate: int, rows: range) -> None:
         rows: those that the site was run on.
     """
     fn, value = site["fn"], site["value"]
-    support = fn.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = plain_support(fn)
     outside = ~support.check(value)
     if site["mask"] is not None:
         mask = torch.as_tensor(site["mask"], device=value.device)

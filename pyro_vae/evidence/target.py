@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,34 +116,51 @@ class Target:
         Raises:
             SupportError: an observed value is outside the support of its distribution.
         """
+        return self.log_prior_and_joint(rows, values)[1]
+
+    def log_prior_and_joint(
+        self, rows: range, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(z) and log p(x, z), as `log_joint`."""
+        parts = [(prior, joint) for _, prior, joint in self.by_state(rows, values)]
+        if len(parts) == 1:
+            return parts[0]
+        prior, joint = (torch.stack(part).logsumexp(0) for part in zip(*parts, strict=True))
+        return prior, joint
+
+    def by_state(
+        self, rows: range, values: Mapping[str, Tensor]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """log p(z, c) and log p(x, z, c) for every value c of the discrete sites that the guide
+        lacks: c by site, `(*event)`, and the two densities, as in `log_joint`."""
         num_draws = len(next(iter(values.values()))) if values else 1
         if num_draws == 1:
             values = {name: value.squeeze(0) for name, value in values.items()}
         pair = self.pair(rows, num_draws)
-        if not self.supports:
-            return self._log_joint(pair, rows, values)
         lead = (num_draws,) if num_draws > 1 else ()
-        terms = []
+        batch = (*lead, *(len(rows) if d == self.plate else 1 for d in range(-self.nesting, 0)))
         for states in itertools.product(*self.supports.values()):
-            batch = (*lead, *(len(rows) if d == self.plate else 1 for d in range(-self.nesting, 0)))
-            chosen = {
-                name: state.expand(*batch, *state.shape)
-                for name, state in zip(self.supports, states, strict=True)
-            }
-            terms.append(self._log_joint(pair, rows, {**values, **chosen}))
-        return torch.stack(terms).logsumexp(0)
+            chosen = dict(zip(self.supports, states, strict=True))
+            copies = {name: c.expand(*batch, *c.shape) for name, c in chosen.items()}
+            yield chosen, *self._densities(pair, rows, {**values, **copies})
 
-    def _log_joint(self, pair: Pair, rows: range, values: Mapping[str, Tensor]) -> Tensor:
+    def _densities(
+        self, pair: Pair, rows: range, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         self.evaluations += pair.num_particles * len(rows)
         with FastArithmetic():
             sites = pair.sites_at(self.model, values)
         check_same_sites(sites, self.model_sites, "model", rows)
-        total: Tensor | float = 0.0
+        prior = torch.zeros((), device=self.arguments[0].device)
+        likelihood = torch.zeros_like(prior)
         for name, site in sites.items():
             if name in self.observed:
                 check_support(name, site, self.plate, rows)
-            total = total + self.within(kernels.log_prob(site))
-        return torch.as_tensor(total).expand(pair.num_particles, len(rows))
+                likelihood = likelihood + self.within(kernels.log_prob(site))
+            else:
+                prior = prior + self.within(kernels.log_prob(site))
+        shape = (pair.num_particles, len(rows))
+        return prior.expand(shape), (prior + likelihood).expand(shape)
 
     def within(self, value: Tensor) -> Tensor:
         """Sum a batch-shaped tensor to `(num_draws, rows)`."""
