@@ -14,7 +14,8 @@ from torch.distributions import constraints
 
 from pyro_vae import programs
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence.marginal import log_marginal, prepare, undisturbed
+from pyro_vae.evidence.ground import prepare, undisturbed
+from pyro_vae.evidence.marginal import log_marginal
 from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
 from pyro_vae.seeding import derive, seeded

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evidence import kernels
-from pyro_vae.evidence.marginal import CHUNK_BYTES, prepare, undisturbed
+from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
 from pyro_vae.evidence.posterior import posterior_draws
 from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site

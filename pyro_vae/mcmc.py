@@ -16,7 +16,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence.marginal import prepare, undisturbed
+from pyro_vae.evidence.ground import prepare, undisturbed
 from pyro_vae.inference_data import convergence
 from pyro_vae.programs import Pair
 from pyro_vae.seeding import derive, seeded

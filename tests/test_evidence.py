@@ -1,6 +1,9 @@
 """log_marginal against closed forms, enumeration and its own invariances."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pyro
@@ -21,6 +24,7 @@ from pyro_vae.errors import (
     SupportError,
     UnknownNameError,
 )
+from pyro_vae.evidence import Settings, draws
 
 
 @pytest.fixture
@@ -217,7 +221,8 @@ def test_exactly_k_draws_a_datum(pair: Linear) -> None:
 
     x = pair.draw(7)
     evidence = pv.log_marginal(model, pair.guide, x, num_samples=123, chunk_bytes=9999)
-    assert seen == 7 * 123 == evidence.provenance["model_evaluations"]
+    probe = 2 * 3  # two draws for three rows, to see that the programs take several at once
+    assert seen - probe == 7 * 123 == evidence.provenance["model_evaluations"]
     assert (evidence.num_samples == 123).all()
 
 
@@ -491,6 +496,67 @@ def test_full_precision_whatever_training_chose(pair: Linear) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == {("highest", False, False)}
+
+
+@pytest.mark.parametrize("method", ["is", "auto", "ais", "enumerate"])
+def test_tf32_is_audited(pair: Linear, method: str) -> None:
+    """A model that errs by 0.01 nats wherever products may be rounded."""
+
+    def model(x: Tensor) -> None:
+        error = 0.01 if torch.get_float32_matmul_precision() == "high" else 0.0
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.4))
+            if method == "enumerate":
+                loc = c[..., None] * pair.b
+            else:
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                loc = c[..., None] + z @ pair.W.T
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+            pyro.factor("error", torch.full(x.shape[:1], error))
+
+    x = pair.draw(40)
+    options = {"num_samples": 500, "method": method, "annealing": Settings(4, 5, 2)}
+    full = pv.log_marginal(model, pair.guide, x, **options)
+    rounded = pv.log_marginal(model, pair.guide, x, **options, tf32=True)
+    audit = rounded.provenance["tf32_audit"]
+    assert audit == {"data": 16, "largest_difference": pytest.approx(0.01)}
+    assert "differs by up to 0.01 nats" in str(rounded)
+    assert "TF32" not in str(full)
+    assert "tf32_audit" not in full.provenance
+
+
+def test_float32_is_right_to_a_thousandth_of_a_nat() -> None:
+    """The whole evaluation, same draws: binary data, a confident decoder, a tanh encoder."""
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(10),
+        likelihood=pv.likelihoods.Bernoulli(pv.networks.MLP(10, [100], 200)),
+        posterior=pv.posteriors.DiagonalNormal(pv.networks.MLP(200, [100], 20)),
+    )
+    for parameter in vae.likelihood.parameters():
+        parameter.data.mul_(5)
+    x = (torch.rand(20, 200) < 0.5).double()
+    z = torch.randn(300, 20, 10).float()  # float32's draws, which float64 is to take as well
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        vae.to(dtype)
+        with same_noise(z.to(dtype)):
+            found[dtype] = pv.log_marginal(vae.model, vae.guide, x, num_samples=300)
+    for name in ("log_px", "elbo", "log_px_jackknife"):
+        one, other = (getattr(e, name) for e in found.values())
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    assert found[torch.float32].provenance["precision"] == "float32"
+
+
+@contextmanager
+def same_noise(u: Tensor) -> Iterator[None]:
+    """Give log_marginal these `(num_draws, rows, latent)` as the noise of every guide site."""
+    rows = iter(range(u.shape[1]))
+
+    def noise(shape: object, axis: int, streams: list, dtype: torch.dtype) -> Tensor:
+        return u[:, [next(rows) for _ in streams]]
+
+    with mock.patch.object(draws, "noise", noise):
+        yield
 
 
 @pytest.mark.cuda

@@ -46,8 +46,11 @@ def test_refuses_what_cannot_be_compared() -> None:
     with pytest.raises(ConfigError, match=r"num_samples \[500\] and \[400\]"):
         one.compare(evaluate(pair, x, num_samples=400))
     assert one.compare(evaluate(pair, x, num_samples=400), mixed=True).mean < 1
-    with pytest.raises(ConfigError, match="at least two"):
-        pv.compare({"alone": one})
+    for few in ({"alone": one}, [one, one]):
+        with pytest.raises(ConfigError, match="at least two"):
+            pv.compare(few)
+    with pytest.raises(ConfigError, match="got float"):
+        one.compare(-1.5)
 
 
 def test_posterior_draws_are_calibrated_where_the_guide_is_not() -> None:
@@ -67,6 +70,32 @@ def test_posterior_draws_are_calibrated_where_the_guide_is_not() -> None:
         assert scipy.stats.chisquare(counts).pvalue > 1e-3
         counts = torch.bincount((of_guide[..., d] < z[:, d]).sum(0), minlength=20)
         assert scipy.stats.chisquare(counts).pvalue < 1e-6
+
+
+def test_discrete_sites_that_the_guide_leaves_out_are_drawn_from_their_posterior() -> None:
+    centres, weights = torch.tensor([-1.0, 0.0, 1.5]), torch.tensor([0.2, 0.5, 0.3])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(weights))
+            z = pyro.sample("z", dist.Normal(centres[c], 0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    x = torch.tensor([-1.0, 0.3, 2.0])
+    draws = posterior_draws(model, guide, x, num_draws=4000, num_samples=20_000)
+    assert draws["c"].shape == draws["z"].shape == (4000, 3)
+    log_joint = dist.Normal(centres, 1.25**0.5).log_prob(x[:, None]) + weights.log()
+    exact = log_joint.softmax(1)
+    for state in range(3):
+        share, p = (draws["c"] == state).double().mean(0), exact[:, state]
+        error = (p * (1 - p) * (1 / 4000 + 3 / 20_000)).sqrt()
+        assert ((share - p).abs() < 4 * error).all()
+    few = posterior_draws(model, guide, x[:1], num_draws=4000, num_samples=20_000)
+    torch.testing.assert_close(few["c"], draws["c"][:, :1])
 
 
 GROUPS = {
@@ -142,6 +171,7 @@ def test_arviz_takes_scalars_matrices_and_sites_that_the_guide_leaves_out() -> N
         "chain": 1, "draw": 7, "datum": 4, "matrix_dim_0": 2, "matrix_dim_1": 3,
     }  # fmt: skip
     assert data["prior"]["c"].dims == ("chain", "draw", "datum")
+    assert data["posterior"]["c"].dims == ("chain", "draw", "datum")
     assert data["posterior_predictive"]["x"].shape == (1, 7, 4, 2)
 
 

@@ -13,7 +13,7 @@ import pyro_vae as pv
 from pyro_vae.errors import ConfigError, SiteError, UnknownNameError
 from pyro_vae.evidence.ais import Settings
 from pyro_vae.evidence.bounds import simulate
-from pyro_vae.evidence.marginal import undisturbed
+from pyro_vae.evidence.ground import undisturbed
 from pyro_vae.seeding import derive
 
 

@@ -1,14 +1,14 @@
-"""Annealed importance sampling (Neal 2001) by Hamiltonian Monte Carlo, in the guide's coordinates.
+"""Annealed importance sampling (Neal 2001) by Hamiltonian Monte Carlo, in unbounded coordinates.
 
-The latent variables are written as z = T(u) (`pushforward`), where T is the guide's map, with its
-noise inflated, or the prior's. The path from N(u; 0, I) to the posterior is
+The latent variables are written as z = T(u), and the path from a base f_0 to the posterior is
 
-    log f_b(u) = log N(u; 0, I) + b l(u),   l(u) = log p(x, T(u)) - log q(T(u)),   0 <= b <= 1,
+    log f_b(u) = log f_0(u) + b l(u),   0 <= b <= 1,
 
-so l is the log importance weight, the space has no bounds, and the encoder's scales precondition
-the dynamics. The log weight of a chain is the sum of (b_t - b_(t-1)) l(u_(t-1)), in which every
-term is taken **before** the transition that leaves f_(b_t) invariant; the mean of the weights over
-chains estimates p(x) without bias, whatever the transitions.
+where f_0 is a normalised density that is drawn from exactly and f_1(u) = p(x, T(u)) |dT/du|; so l
+is the log importance weight of a draw of the base (`bases` has the two: guide and prior). The log
+weight of a chain is the sum of (b_t - b_(t-1)) l(u_(t-1)), in which every term is taken **before**
+the transition that leaves f_(b_t) invariant; the mean of the weights over chains estimates p(x)
+without bias, whatever the transitions.
 """
 
 from __future__ import annotations
@@ -58,12 +58,15 @@ class State:
 
     Attributes:
         u: by site, `(chains, *batch, *event)`.
+        log_base: log f_0(u) up to a constant, `(chains, rows)`.
         tilt: l(u), `(chains, rows)`.
-        slope: dl/du, by site, as `u`.
+        base_slope, slope: d log f_0/du and dl/du, by site, as `u`.
     """
 
     u: Position
+    log_base: Tensor
     tilt: Tensor
+    base_slope: Position
     slope: Position
 
 
@@ -72,24 +75,26 @@ class Space:
 
     Args:
         axes: by site, the dimension that is indexed by row, from the right.
-        tilt: l(u), `(chains, rows)`, differentiable.
+        densities: l(u) and log f_0(u), `(chains, rows)`, differentiable; None stands for the
+            log-density of N(0, I).
     """
 
-    def __init__(self, axes: dict[str, int], tilt: Callable[[Position], Tensor]) -> None:
-        self.axes, self.tilt = axes, tilt
+    def __init__(
+        self, axes: dict[str, int], densities: Callable[[Position], tuple[Tensor, Tensor | None]]
+    ) -> None:
+        self.axes, self.densities = axes, densities
 
     def state(self, u: Position) -> State:
-        """Evaluate l and its gradient; where l is NaN it counts as minus infinity."""
+        """Evaluate l and f_0 and their gradients; what is NaN counts as minus infinity."""
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in u.items()}
-            tilt = self.tilt(leaves)
-            slopes = torch.autograd.grad(tilt.sum(), list(leaves.values()), allow_unused=True)
-        slope = {
-            name: torch.zeros_like(value) if s is None else s.nan_to_num(0.0, 0.0, 0.0)
-            for (name, value), s in zip(u.items(), slopes, strict=True)
-        }
-        tilt = tilt.detach()
-        return State(u, torch.where(tilt.isnan(), -math.inf, tilt).double(), slope)
+            tilt, log_base = self.densities(leaves)
+            slope = _gradient(tilt, leaves, retain=log_base is not None)
+            if log_base is not None:
+                base_slope = _gradient(log_base, leaves)
+                return State(u, _finite(log_base), _finite(tilt), base_slope, slope)
+        base_slope = {name: -value for name, value in u.items()}
+        return State(u, -0.5 * self.squares(u), _finite(tilt), base_slope, slope)
 
     def squares(self, v: Position) -> Tensor:
         """Sum of v² of each chain and row, `(chains, rows)`, float64."""
@@ -108,6 +113,23 @@ class Space:
         return by_row.reshape(shape).to(like.dtype)
 
 
+def _gradient(value: Tensor, leaves: Position, retain: bool = False) -> Position:
+    if not value.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(
+        value.sum(), list(leaves.values()), allow_unused=True, retain_graph=retain
+    )
+    return {
+        name: torch.zeros_like(leaf) if d is None else d.nan_to_num(0.0, 0.0, 0.0)
+        for (name, leaf), d in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _finite(value: Tensor) -> Tensor:
+    value = value.detach()
+    return torch.where(value.isnan(), -math.inf, value).double()
+
+
 def leapfrog(
     space: Space, state: State, momentum: Position, beta: float, step: Tensor, count: int
 ) -> tuple[State, Position]:
@@ -120,7 +142,9 @@ def leapfrog(
     def kick(momentum: Position, state: State, part: float) -> Position:
         return {
             name: p
-            + part * space.spread(step, p, name) * (beta * state.slope[name] - state.u[name])
+            + part
+            * space.spread(step, p, name)
+            * (beta * state.slope[name] + state.base_slope[name])
             for name, p in momentum.items()
         }
 
@@ -154,16 +178,25 @@ def transition(
     def energy(state: State, momentum: Position) -> Tensor:
         # 0 * minus infinity is not wanted at the base
         tilted = beta * state.tilt if beta > 0 else torch.zeros_like(state.tilt)
-        return 0.5 * (space.squares(state.u) + space.squares(momentum)) - tilted
+        return 0.5 * space.squares(momentum) - state.log_base - tilted
 
     end, end_momentum = leapfrog(space, state, momentum, beta, step, count)
     log_ratio = energy(state, momentum) - energy(end, end_momentum)
     accept = uniform.log() < log_ratio  # false where the ratio is NaN
-    u, slope = (
-        {n: torch.where(space.spread(accept.double(), new[n], n) > 0, new[n], old[n]) for n in old}
-        for new, old in ((end.u, state.u), (end.slope, state.slope))
+
+    def choose(new: Position, old: Position) -> Position:
+        return {
+            n: torch.where(space.spread(accept.double(), new[n], n) > 0, new[n], old[n])
+            for n in old
+        }
+
+    moved = State(
+        u=choose(end.u, state.u),
+        log_base=torch.where(accept, end.log_base, state.log_base),
+        tilt=torch.where(accept, end.tilt, state.tilt),
+        base_slope=choose(end.base_slope, state.base_slope),
+        slope=choose(end.slope, state.slope),
     )
-    moved = State(u, torch.where(accept, end.tilt, state.tilt), slope)
     return moved, log_ratio.clamp_max(0).exp().nan_to_num(0.0)
 
 

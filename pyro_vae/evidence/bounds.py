@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.errors import ConfigError, SiteError, UnknownNameError
 from pyro_vae.evidence.ais import Settings
-from pyro_vae.evidence.annealing import Annealer, Start
+from pyro_vae.evidence.annealing import Annealer, Start, check_annealing
+from pyro_vae.evidence.ground import CHUNK_BYTES, at_least, prepare, undisturbed
 from pyro_vae.evidence.importance import Proposal, Sampler
-from pyro_vae.evidence.marginal import CHUNK_BYTES, prepare, undisturbed
 from pyro_vae.evidence.target import Target
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.typing import Program
@@ -103,12 +104,15 @@ def sandwich(
     Raises:
         SiteError: the model observes more than one site, or as `log_marginal`.
         UnknownNameError: another method.
-        ConfigError: `num_samples` is less than 2.
+        ConfigError: an option means nothing; `num_samples` is at least 2.
     """
     if method not in ("is", "ais"):
         raise UnknownNameError(f'method is "is" or "ais", got {method!r}')
-    if num_samples < 2:
-        raise ConfigError(f"num_samples must be at least 2, got {num_samples}")
+    at_least("num_samples", num_samples, 2)
+    at_least("chunk_bytes", chunk_bytes, 1)
+    check_annealing(annealing, start)
+    if not isinstance(tolerance, Real) or not tolerance > 0:
+        raise ConfigError(f"tolerance is a positive number of nats, got {tolerance!r}")
     x, args = prepare(model, guide, x, args)
     with undisturbed(model, guide):
         x, z = simulate(model, guide, x, args, derive(seed, 0))

@@ -83,6 +83,9 @@ def difference(a: Evidence, b: Evidence, mixed: bool = False) -> Difference:
         DataError: the two saw different data (or binarised them differently).
         ConfigError: different K or methods, and not `mixed`.
     """
+    for e in (a, b):
+        if not isinstance(e, Evidence):
+            raise ConfigError(f"compare takes evaluations by log_marginal, got {type(e).__name__}")
     seen = a.provenance.get("data"), b.provenance.get("data")
     if seen[0] != seen[1] or len(a) != len(b):
         raise DataError(
@@ -119,8 +122,11 @@ def compare(evidences: Mapping[str, Evidence], mixed: bool = False) -> Compariso
         ConfigError: fewer than two models; else as `difference`.
         DataError: as `difference`.
     """
-    if len(evidences) < 2:
-        raise ConfigError(f"a comparison takes at least two evaluations, got {len(evidences)}")
+    if not isinstance(evidences, Mapping) or len(evidences) < 2:
+        raise ConfigError(
+            "a comparison takes at least two evaluations by name, "
+            '{"a": evidence_a, "b": evidence_b}'
+        )
     names = sorted(evidences, key=lambda name: -evidences[name].mean)
     best = evidences[names[0]]
     return Comparison(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.evidence.sites import plain_support
 from pyro_vae.evidence.target import PROBE_ROWS, Target
 from pyro_vae.programs import Site
 from pyro_vae.seeding import seeded
@@ -21,6 +22,7 @@ LARGEST = {1: 2**16 + 1, 2: 2**10 + 1}
 TOLERANCE = 1e-3
 POINTS_AT_ONCE = 4096
 DRAWS = 50_000
+REAL = (constraints.real, constraints.real_vector)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class LatentBox:
         self.names = sorted(target.guide_sites)
         self.shapes = {name: guide[name]["value"].shape for name in self.names}
         for name in self.names:
-            if not _is_real(guide[name]["fn"].support):
+            if plain_support(guide[name]["fn"]) not in REAL:
                 raise SiteError(
                     f'method="grid" takes real latent sites, "{name}" is in '
                     f'{guide[name]["fn"].support}: use "is"'
@@ -152,16 +154,10 @@ class LatentBox:
         return torch.cat(parts, 1).double().cpu()
 
 
-def _is_real(support: constraints.Constraint) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support in (constraints.real, constraints.real_vector)
-
-
 def real_sites(target: Target) -> bool:
     """Whether all latent sites take real values."""
     sites = target.pair(range(1), 1).sites_at(target.guide, {})
-    return all(_is_real(site["fn"].support) for site in sites.values())
+    return all(plain_support(site["fn"]) in REAL for site in sites.values())
 
 
 class GridIntegrator:

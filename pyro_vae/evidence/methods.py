@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pyro_vae.errors import SiteError
 from pyro_vae.evidence.ais import Settings
 from pyro_vae.evidence.annealing import Annealer, Start
 from pyro_vae.evidence.diagnostics import MIN_ESS, khat_threshold
-from pyro_vae.evidence.draws import Guide
 from pyro_vae.evidence.figures import annealed_figures, exact_figures, figures
 from pyro_vae.evidence.grid import LARGEST, TOLERANCE, GridIntegrator, real_sites
 from pyro_vae.evidence.importance import Proposal, Sampler
@@ -78,7 +78,7 @@ def automatic(target: Target, options: Options) -> Results:
     At every stage a pilot decides for each datum, and its draws are thrown away; a datum whose
     final weights are flagged all the same goes on to the next stage too.
     """
-    last = _last_resort(target)
+    last = _last_resort(target, options)
     if last is None:
         yield from by_importance(target, options)
         return
@@ -145,11 +145,15 @@ def _promising(pilot: Sampler, rows: range, options: Options) -> np.ndarray:
     return sound.numpy()
 
 
-def _last_resort(target: Target) -> Callable[[Target, Options], Results] | None:
+def _last_resort(target: Target, options: Options) -> Callable[[Target, Options], Results] | None:
     """What to do for data that importance sampling fails on: None where there is nothing."""
     if target.latent_size in LARGEST and real_sites(target):
         return by_grid
-    return by_annealing if Guide(target).is_map else None
+    try:
+        Annealer(target, options.annealing, options.seed, options.chunk_bytes, options.start)
+    except SiteError:
+        return None
+    return by_annealing
 
 
 def _part(target: Target, rows: list[int]) -> Target:

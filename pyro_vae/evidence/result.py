@@ -101,7 +101,13 @@ class Evidence:
         return -self.mean / (self.data_size * math.log(2))
 
     def __str__(self) -> str:
-        return _describe(self)
+        audit = self.provenance.get("tf32_audit")
+        if audit is None:
+            return _describe(self)
+        return (
+            f"{_describe(self)}\n  in TF32: of {audit['data']} data evaluated again in full "
+            f"precision, log p(x) differs by up to {audit['largest_difference']:.2g} nats"
+        )
 
     def compare(self, other: Evidence, mixed: bool = False) -> Difference:
         """This evaluation minus another of the same data, paired by datum: see `difference`."""

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.errors import ShapeError, SiteError, SupportError
+from pyro_vae.errors import DataError, PyroVAEError, ShapeError, SiteError, SupportError
 from pyro_vae.programs import PARTICLES, Site
+
+
+@contextmanager
+def explained(program: str, args: Sequence[Any], num_draws: int) -> Iterator[None]:
+    """Say of an error of a program on which arguments it came, without Pyro's table of shapes.
+
+    Raises:
+        DataError: the program raised a ValueError, RuntimeError or TypeError; errors of this
+            library keep their type.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        what = str(error).split("Trace Shapes:")[0].strip()
+        given = ", ".join(
+            f"{tuple(a.shape)} {str(a.dtype).removeprefix('torch.')}" if isinstance(a, Tensor)
+            else type(a).__name__ for a in args
+        )  # fmt: skip
+        times = f" for {num_draws} draws at once (as in a vectorized plate)" * (num_draws > 1)
+        kind = type(error) if isinstance(error, PyroVAEError) else DataError
+        raise kind(
+            f"the {program} does not run on the first rows of x{times}, {given}: {what}"
+        ) from error
 
 
 def check_same_sites(
@@ -100,6 +124,14 @@ def _no_plate(
     )
 
 
+def plain_support(fn: Any) -> constraints.Constraint:
+    """The support of a distribution's single values, without the wrapping of events."""
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
 def check_support(name: str, site: Site, plate: int, rows: range) -> None:
     """Raise `SupportError` where an observed value is outside its distribution's support.
 
@@ -108,9 +140,7 @@ def check_support(name: str, site: Site, plate: int, rows: range) -> None:
         rows: those that the site was run on.
     """
     fn, value = site["fn"], site["value"]
-    support = fn.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = plain_support(fn)
     outside = ~support.check(value)
     if site["mask"] is not None:
         mask = torch.as_tensor(site["mask"], device=value.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pyro_vae.evidence.sites import (
     check_support,
     data_plate,
     discrete_values,
+    explained,
 )
 from pyro_vae.programs import Pair, Run
 from pyro_vae.seeding import derive
@@ -46,6 +47,7 @@ class Target:
     Raises:
         SiteError: a site lies outside the plate of the data, a latent site is missing from the
             guide, nothing is observed, or a plate inside that of the data is subsampled.
+        DataError: a program does not run on `x`, or not for several draws at once.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class Target:
         self.size = len(x)
         self.evaluations = 0
         self.nesting = 0
+        self.enumerate_all = enumerate_all
         rows = range(min(self.size, PROBE_ROWS))
-        run = self._probe(rows, enumerate_all)
+        run = self._probe(rows, 1)
         sites = [*run.model.items(), *run.guide.items()]
         self.nesting = max(
             (-f.dim for _, s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0
@@ -83,6 +86,8 @@ class Target:
         self.latent_size = sum(value.numel() for value in run.values.values()) // len(rows)
         self.data_size = sum(s["value"].numel() for _, s in run.observed) // len(rows)
         self.bytes_per_pair = self._measure()
+        if not enumerate_all:
+            self._probe(rows, 2)
 
     def subset(self, chosen: Sequence[int]) -> Target:
         """The target of some of the rows, which keep their random streams."""
@@ -91,7 +96,8 @@ class Target:
             a[index] if isinstance(a, Tensor) and a.dim() and len(a) == self.size else a
             for a in self.arguments
         )
-        return Target(self.model, self.guide, x, args, ids=[self.ids[i] for i in chosen])
+        ids = [self.ids[i] for i in chosen]
+        return Target(self.model, self.guide, x, args, self.enumerate_all, ids)
 
     def seeds(self, rows: range, seed: int, *keys: int) -> list[int]:
         """A seed for each of the rows."""
@@ -110,34 +116,51 @@ class Target:
         Raises:
             SupportError: an observed value is outside the support of its distribution.
         """
+        return self.log_prior_and_joint(rows, values)[1]
+
+    def log_prior_and_joint(
+        self, rows: range, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(z) and log p(x, z), as `log_joint`."""
+        parts = [(prior, joint) for _, prior, joint in self.by_state(rows, values)]
+        if len(parts) == 1:
+            return parts[0]
+        prior, joint = (torch.stack(part).logsumexp(0) for part in zip(*parts, strict=True))
+        return prior, joint
+
+    def by_state(
+        self, rows: range, values: Mapping[str, Tensor]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """log p(z, c) and log p(x, z, c) for every value c of the discrete sites that the guide
+        lacks: c by site, `(*event)`, and the two densities, as in `log_joint`."""
         num_draws = len(next(iter(values.values()))) if values else 1
         if num_draws == 1:
             values = {name: value.squeeze(0) for name, value in values.items()}
         pair = self.pair(rows, num_draws)
-        if not self.supports:
-            return self._log_joint(pair, rows, values)
         lead = (num_draws,) if num_draws > 1 else ()
-        terms = []
+        batch = (*lead, *(len(rows) if d == self.plate else 1 for d in range(-self.nesting, 0)))
         for states in itertools.product(*self.supports.values()):
-            batch = (*lead, *(len(rows) if d == self.plate else 1 for d in range(-self.nesting, 0)))
-            chosen = {
-                name: state.expand(*batch, *state.shape)
-                for name, state in zip(self.supports, states, strict=True)
-            }
-            terms.append(self._log_joint(pair, rows, {**values, **chosen}))
-        return torch.stack(terms).logsumexp(0)
+            chosen = dict(zip(self.supports, states, strict=True))
+            copies = {name: c.expand(*batch, *c.shape) for name, c in chosen.items()}
+            yield chosen, *self._densities(pair, rows, {**values, **copies})
 
-    def _log_joint(self, pair: Pair, rows: range, values: Mapping[str, Tensor]) -> Tensor:
+    def _densities(
+        self, pair: Pair, rows: range, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         self.evaluations += pair.num_particles * len(rows)
         with FastArithmetic():
             sites = pair.sites_at(self.model, values)
         check_same_sites(sites, self.model_sites, "model", rows)
-        total: Tensor | float = 0.0
+        prior = torch.zeros((), device=self.arguments[0].device)
+        likelihood = torch.zeros_like(prior)
         for name, site in sites.items():
             if name in self.observed:
                 check_support(name, site, self.plate, rows)
-            total = total + self.within(kernels.log_prob(site))
-        return torch.as_tensor(total).expand(pair.num_particles, len(rows))
+                likelihood = likelihood + self.within(kernels.log_prob(site))
+            else:
+                prior = prior + self.within(kernels.log_prob(site))
+        shape = (pair.num_particles, len(rows))
+        return prior.expand(shape), (prior + likelihood).expand(shape)
 
     def within(self, value: Tensor) -> Tensor:
         """Sum a batch-shaped tensor to `(num_draws, rows)`."""
@@ -161,13 +184,15 @@ class Target:
             for a in self.arguments
         )
 
-    def _probe(self, rows: range, enumerate_all: bool) -> Run:
+    def _probe(self, rows: range, num_draws: int) -> Run:
         """One run on the first rows; sites that the guide lacks draw from the model."""
-        pair = self.pair(rows, 1)
+        pair = self.pair(rows, num_draws)
         with torch.random.fork_rng(), torch.no_grad():
-            guide = {} if enumerate_all else pair.sites_at(self.guide, {})
+            with explained("guide", pair.args, num_draws):
+                guide = {} if self.enumerate_all else pair.sites_at(self.guide, {})
             values = {name: site["value"] for name, site in guide.items()}
-            return Run(pair.sites_at(self.model, values), guide)
+            with explained("model", pair.args, num_draws):
+                return Run(pair.sites_at(self.model, values), guide)
 
     def _measure(self) -> int:
         """Memory that one (datum, draw) takes: its largest intermediate results together."""

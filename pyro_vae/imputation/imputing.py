@@ -17,7 +17,7 @@ from pyro_vae.errors import (
     UnknownNameError,
 )
 from pyro_vae.evidence.diagnostics import MIN_ESS
-from pyro_vae.evidence.marginal import prepare, undisturbed
+from pyro_vae.evidence.ground import prepare, undisturbed
 from pyro_vae.imputation.holes import Holes
 from pyro_vae.imputation.result import Imputations
 from pyro_vae.likelihoods.incomplete import check_rows
