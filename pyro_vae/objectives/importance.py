@@ -19,6 +19,7 @@ from pyro_vae.objectives.base import (
     frozen_sites,
 )
 from pyro_vae.objectives.dimensions import factors, monte_carlo_kl
+from pyro_vae.objectives.expectation import Expectation
 from pyro_vae.programs import Pair, Run
 from pyro_vae.typing import Program
 
@@ -95,10 +96,9 @@ class MIWAE(Objective):
     @torch.no_grad()
     def _kl_per_dimension(self, run: Run) -> dict[str, Tensor]:
         """As that of the ELBO; the loss is not made of it, so it carries no gradient."""
+        mean = Expectation(run, self.num_particles)
         sites = [(name, run.guide[name], p) for name, p in run.latent]
-        return {
-            name: monte_carlo_kl(q, p) / self.num_particles for name, q, p in sites if factors(q, p)
-        }
+        return {name: monte_carlo_kl(q, p, mean) for name, q, p in sites if factors(q, p)}
 
     def _dreg(
         self,
