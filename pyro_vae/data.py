@@ -153,8 +153,9 @@ class Data:
         return self.train.x[0].numel()
 
     def train_mean(self) -> Tensor:
-        """Mean of the training data, `(features,)`: the decoder's initial output."""
-        return self.train.x.mean(0)
+        """Mean of the training data, `(features,)`: the decoder's initial output. Of the observed
+        values, where NaN marks missing ones."""
+        return self.train.x.nanmean(0)
 
     @property
     def num_classes(self) -> int:
