@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.networks import concatenate
-from pyro_vae.typing import Distribution
+from pyro_vae.typing import Conditional, Distribution
 
 LOG_VARIANCE_RANGE = (-15.0, 10.0)
 
@@ -204,6 +204,39 @@ class InverseAutoregressiveFlow(nn.Module):
             for network, order in zip(self.networks, self.orders, strict=True)
         ]
         return dist.TransformedDistribution(dist.Normal(loc, scale).to_event(1), steps)
+
+
+class Incomplete(nn.Module):
+    """Another posterior, of data with holes: NaN is filled in before the encoder sees it.
+
+    q(z|x_obs) by zero-imputation (Nazabal et al. 2020, sec. 4.1; Mattei & Frellsen 2019), with
+    `mask` also told what was observed. Any q bounds log p(x_obs); it is the looser the worse q
+    knows what is missing.
+
+    Args:
+        posterior: maps x, and with `mask` a context, to q(z|x).
+        fill: what holes are filled with: a number, or one a feature such as the training means.
+        mask: give the posterior the mask as context, one value a feature: 1 where observed, 0
+            where not. Its network then takes twice as many inputs.
+    """
+
+    fill: Tensor
+
+    def __init__(
+        self, posterior: Conditional, fill: float | Tensor = 0.0, *, mask: bool = False
+    ) -> None:
+        super().__init__()
+        self.posterior = posterior
+        self.register_buffer("fill", torch.as_tensor(fill, dtype=torch.get_default_dtype()))
+        self.mask = mask
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
+        """q(z|x_obs)."""
+        missing = x.isnan()
+        x = torch.where(missing, self.fill.to(x.dtype), x)
+        if self.mask:
+            context = concatenate((~missing).to(x.dtype), context)
+        return self.posterior(x) if context is None else self.posterior(x, context)
 
 
 class AutoregressiveStep(Transform):

@@ -10,6 +10,7 @@ from pyro_vae.likelihoods.base import Likelihood, check_finite
 from pyro_vae.likelihoods.columns import Columns
 from pyro_vae.likelihoods.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyro_vae.likelihoods.discrete import Binomial, Categorical, DiscretizedLogistic
+from pyro_vae.likelihoods.incomplete import Incomplete
 from pyro_vae.likelihoods.real import Laplace, LikelihoodScale, Normal, StudentT
 from pyro_vae.likelihoods.unit import Bernoulli, ContinuousBernoulli
 
@@ -20,6 +21,7 @@ __all__ = [
     "Columns",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
+    "Incomplete",
     "Laplace",
     "Likelihood",
     "LikelihoodScale",
