@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyro_vae import compiled, datasets, plots, training
     from pyro_vae.compiled import CompiledSVI, compile
     from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
+    from pyro_vae.imputation import Imputations, impute
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "CompiledSVI",
     "Data",
     "Evidence",
+    "Imputations",
     "Run",
     "Split",
     "active_units",
@@ -43,6 +45,7 @@ __all__ = [
     "errors",
     "exact",
     "fit",
+    "impute",
     "likelihoods",
     "load_weights",
     "log_marginal",
@@ -66,8 +69,10 @@ _HOMES = {
     "Evidence": "pyro_vae.evidence",
     "compare": "pyro_vae.evidence",
     "exact": "pyro_vae.evidence",
+    "Imputations": "pyro_vae.imputation",
     "Run": "pyro_vae.training",
     "fit": "pyro_vae.training",
+    "impute": "pyro_vae.imputation",
     "load_weights": "pyro_vae.training",
     "log_marginal": "pyro_vae.evidence",
     "read_metrics": "pyro_vae.training",

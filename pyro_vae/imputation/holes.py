@@ -1,0 +1,227 @@
+"""A (model, guide) pair at data with holes: draws, weights and moves of its latent variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae import programs
+from pyro_vae.errors import ShapeError, SiteError
+from pyro_vae.evidence.sites import check_support
+from pyro_vae.evidence.target import Target
+from pyro_vae.likelihoods.incomplete import by_value
+from pyro_vae.programs import Pair, Site
+from pyro_vae.typing import Program
+
+
+@dataclass(frozen=True)
+class State:
+    """Latent variables, and data completed at them.
+
+    Attributes:
+        z: the values of the guide's sites, draws first.
+        x: `(draws, rows, ...)`: x_mis ~ p(x_mis|z) in the holes.
+        mean: E[x|z], of the same shape.
+    """
+
+    z: Mapping[str, Tensor]
+    x: Tensor
+    mean: Tensor
+
+    def select(self, chosen: Tensor, holes: Holes) -> State:
+        """The draws that `chosen`, `(M, rows)`, names for every row."""
+        rows = torch.arange(chosen.shape[1], device=chosen.device)
+
+        def pick(value: Tensor, axis: int) -> Tensor:
+            picked = value.movedim(axis, 1)[chosen, rows]
+            return picked.movedim(1, axis + value.dim())
+
+        z = {name: pick(value, holes.target.axis(name)) for name, value in self.z.items()}
+        return State(z, pick(self.x, 1 - self.x.dim()), pick(self.mean, 1 - self.x.dim()))
+
+    def flatten(self, holes: Holes) -> State:
+        """Every draw of every row as a row of its own, draw by draw."""
+        z = {}
+        for name, value in self.z.items():
+            axis = holes.target.axis(name)
+            z[name] = value.movedim(0, axis - 1).flatten(axis - 1, axis)
+        return State(z, self.x.flatten(0, 1), self.mean.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Holes:
+    """A (model, guide) pair at rows with holes.
+
+    Attributes:
+        target: the checked pair, which knows where its sites keep the rows.
+        site: the name of the observed site that holds the data.
+        x: `(rows, ...)`, NaN in the holes.
+        filled: what the guide draws from: with holes if it takes them.
+        args: of these rows.
+        rows: their numbers.
+    """
+
+    target: Target
+    site: str
+    x: Tensor
+    filled: Tensor
+    args: Sequence[Any]
+    rows: range
+
+    @classmethod
+    def of(
+        cls, model: Program, guide: Program, x: Tensor, args: Sequence[Any], site: str | None
+    ) -> Holes:
+        """Check the pair.
+
+        Raises:
+            SiteError, ShapeError: see `impute`.
+        """
+        means = x.nanmean(0).nan_to_num(0.0)  # 0 where a feature is never observed
+        filled = torch.where(x.isnan(), means, x)
+        target = Target(model, guide, filled, args)
+        if target.supports:
+            raise SiteError(
+                f"the guide does not draw the latent sites {sorted(target.supports)}, which impute "
+                "does not sum over: draw them there"
+            )
+        name = _data_site(target, x, site)
+        holes = cls(target, name, x, filled, args, range(len(x)))
+        return replace(holes, filled=x) if holes._guide_takes_nan() else holes
+
+    @property
+    def observed(self) -> Tensor:
+        """`(rows, ...)`."""
+        return ~self.x.isnan()
+
+    def take(self, rows: range) -> Holes:
+        """Some of the rows."""
+        part = slice(rows.start, rows.stop)
+        args = [a[part] if _by_row(a, len(self.x)) else a for a in self.args]
+        return Holes(self.target, self.site, self.x[part], self.filled[part], args, rows)
+
+    def repeat(self, times: int) -> Holes:
+        """All rows several times over."""
+
+        def again(value: Tensor) -> Tensor:
+            return value.repeat(times, *(1,) * (value.dim() - 1))
+
+        args = [again(a) if _by_row(a, len(self.x)) else a for a in self.args]
+        return replace(self, x=again(self.x), filled=again(self.filled), args=args)
+
+    def draw(self, num_samples: int) -> tuple[State, Tensor]:
+        """Draws from the guide, and log p(x_obs, z) - log q(z), `(num_samples, rows)`."""
+        pair = self._pair(self.filled, num_samples)
+        drawn = pair.sites_at(self.target.guide, {})
+        z = {name: site["value"] for name, site in drawn.items()}
+        sites = pair.sites_at(self.target.model, z)
+        lead = (num_samples, *self.x.shape)
+        x, mean = self._complete(sites[self.site], lead)
+        seen = {**sites[self.site], "value": x[0]}
+        check_support(self.site, seen, self.target.plate, self.rows)
+        log_w = self._log_observed(sites, x) - self._sum(drawn)
+        if num_samples == 1:
+            z = {name: value.unsqueeze(0) for name, value in z.items()}
+        return State(z, x, mean), log_w
+
+    def sweep(self, state: State, correct: bool) -> tuple[State, Tensor]:
+        """z given x, by the guide's proposal, then x_mis given z; and which rows moved.
+
+        Args:
+            correct: accept with the probability min(1, p(x, z') q(z|x) / p(x, z) q(z'|x)).
+        """
+        pair = self._pair(state.x, 1)
+        proposed = pair.sites_at(self.target.guide, {})
+        z = {name: site["value"] for name, site in proposed.items()}
+        moved = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device)
+        if correct:
+            there = self._sum(pair.sites_at(self.target.model, z)) - self._sum(proposed)
+            here = self._sum(pair.sites_at(self.target.model, state.z)) - self._sum(
+                pair.sites_at(self.target.guide, state.z)
+            )
+            ratio = (there - here).squeeze(0)
+            moved = torch.rand_like(ratio).log() < ratio
+            z = {name: self._where(name, moved, z[name], state.z[name]) for name in z}
+        x, mean = self._complete(pair.sites_at(self.target.model, z)[self.site], self.x.shape)
+        return State(z, x, mean), moved
+
+    def draw_from_model(self, num_samples: int) -> State:
+        """Whole data from the model itself, nothing observed; without their latent variables."""
+        pair = self._pair(self.filled, num_samples)
+        sites = pair.sites_at(poutine.uncondition(self.target.model), {})
+        nothing = replace(self, x=torch.full_like(self.x, torch.nan))
+        return State({}, *nothing._complete(sites[self.site], (num_samples, *self.x.shape)))
+
+    def _pair(self, x: Tensor, num_particles: int) -> Pair:
+        target = self.target
+        return Pair(target.model, target.guide, (x, *self.args), {}, num_particles, target.nesting)
+
+    def _complete(self, site: Site, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x with its holes drawn from p(x|z), and E[x|z], in this shape."""
+        base = by_value(site["fn"])
+        drawn = base.sample().reshape(shape)
+        try:
+            mean = base.mean.reshape(shape)
+        except NotImplementedError:
+            mean = drawn
+        return torch.where(self.observed, self.x, drawn), mean
+
+    def _log_observed(self, sites: Mapping[str, Site], x: Tensor) -> Tensor:
+        """log p(x_obs, z) at draws of the latents, and of x for what is missing."""
+        site = sites[self.site]
+        base = by_value(site["fn"])
+        by_feature = base.log_prob(x.reshape(base.batch_shape))
+        kept = torch.where(self.observed, by_feature.reshape(x.shape), 0.0).reshape(
+            by_feature.shape
+        )
+        event = tuple(range(-len(site["fn"].event_shape), 0))
+        log_px = programs.masked(site, kept.sum(event) if event else kept)
+        others = {name: other for name, other in sites.items() if name != self.site}
+        return self.target.within(log_px).double() + self._sum(others)
+
+    def _sum(self, sites: Mapping[str, Site]) -> Tensor:
+        """The log-densities of some sites, `(draws, rows)`."""
+        logs = [self.target.within(programs.log_prob(s)).double() for s in sites.values()]
+        return torch.as_tensor(sum(logs))
+
+    def _where(self, name: str, moved: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        right = -1 - self.target.axis(name)
+        return torch.where(moved.reshape(-1, *(1,) * right), new, old)
+
+    def _guide_takes_nan(self) -> bool:
+        row = self.take(range(1))
+        pair = row._pair(torch.full_like(row.x, torch.nan), 1)
+        try:
+            drawn = pair.sites_at(self.target.guide, {})
+        except (RuntimeError, ValueError):
+            return False
+        return all(bool(site["value"].isfinite().all()) for site in drawn.values())
+
+
+def _data_site(target: Target, x: Tensor, site: str | None) -> str:
+    """The observed site whose values are the data."""
+    if site is None and len(target.observed) > 1:
+        raise SiteError(
+            f"the model observes {sorted(target.observed)}: say which of them holds x, by site="
+        )
+    name = site if site is not None else next(iter(target.observed))
+    if name not in target.observed:
+        raise SiteError(f'"{name}" is no observed site; they are {sorted(target.observed)}')
+    rows = min(len(x), 2)
+    found = target.pair(range(rows), 1).sites_at(target.model, {})[name]
+    if found["value"].shape != x[:rows].shape:
+        raise ShapeError(
+            f'observed site "{name}" has values of shape {tuple(found["value"].shape)} where x '
+            f"has {tuple(x[:rows].shape)}, so its holes cannot be told"
+        )
+    by_value(found["fn"])
+    return name
+
+
+def _by_row(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size

@@ -1,0 +1,298 @@
+"""Imputations are draws from p(x_mis|x_obs): exact in a linear model, whatever the guide."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from evidence_pairs import Linear
+from test_incomplete import mixed_table, mixed_vae, with_holes
+from torch import Tensor
+from toys import z_scores
+
+import pyro_vae as pv
+from pyro_vae.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    ShapeError,
+    SiteError,
+    SupportError,
+    UnknownNameError,
+)
+
+NAN = float("nan")
+
+
+def conditional(p: Linear, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the missing values of a row given the rest (Bishop, eq. 2.81)."""
+    covariance = p.W @ p.W.T + p.sigma**2 * torch.eye(len(p.b))
+    hole = row.isnan()
+    across = covariance[hole][:, ~hole]
+    gain = torch.linalg.solve(covariance[~hole][:, ~hole], across.T).T
+    mean = p.b[hole] + gain @ (row[~hole] - p.b[~hole])
+    return mean, covariance[hole][:, hole] - gain @ across.T
+
+
+def holed_row(p: Linear) -> Tensor:
+    row = p.draw(1)[0]
+    row[[1, 3]] = NAN
+    return row
+
+
+def missing_draws(p: Linear, row: Tensor, copies: int, **options) -> Tensor:
+    """The missing values of one row, imputed in many copies of it: independent draws."""
+    x = row.repeat(copies, 1)
+    found = pv.impute(p.model, p.guide, x, num_imputations=1, **options)
+    return found.values[0][:, row.isnan()]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("metropolis", {"num_samples": 1, "num_sweeps": 60}),
+        ("importance", {"num_samples": 2000}),
+        ("metropolis", {"num_samples": 200, "num_sweeps": 5}),
+    ],
+)
+def test_draws_are_from_the_exact_conditional_though_the_guide_is_wrong(method, options):
+    p = Linear.random(4, 2, shift=0.7, shrink=1.5)
+    row = holed_row(p)
+    mean, covariance = conditional(p, row)
+    draws = missing_draws(p, row, 4000, method=method, **options)
+    # 5 z-scores beyond 3.5 a method: odds of 1 in 400
+    assert z_scores(draws, mean).abs().max() < 3.5
+    products = (draws - mean)[:, :, None] * (draws - mean)[:, None]
+    assert (
+        z_scores(products.flatten(1)[:, [0, 1, 3]], covariance.flatten()[[0, 1, 3]]).abs().max()
+        < 3.5
+    )
+
+
+def test_without_the_correction_a_wrong_guide_shows():
+    p = Linear.random(4, 2, shift=0.7, shrink=1.5)
+    row = holed_row(p)
+    mean, covariance = conditional(p, row)
+    draws = missing_draws(p, row, 4000, method="gibbs", num_sweeps=60)
+    assert z_scores(draws, mean).abs().max() > 10
+    assert z_scores((draws - mean) ** 2, covariance.diagonal()).abs().max() > 10
+
+
+def test_with_the_exact_posterior_as_guide_pseudo_gibbs_is_exact():
+    p = Linear.random(4, 2)
+    row = holed_row(p)
+    mean, covariance = conditional(p, row)
+    x = row.repeat(4000, 1)
+    found = pv.impute(p.model, p.guide, x, num_imputations=1, method="metropolis", num_sweeps=60)
+    torch.testing.assert_close(found.acceptance, torch.ones(4000))  # it has nothing to correct
+    draws = missing_draws(p, row, 4000, method="gibbs", num_sweeps=60)
+    assert z_scores(draws, mean).abs().max() < 3.5
+    assert z_scores((draws - mean) ** 2, covariance.diagonal()).abs().max() < 3.5
+
+
+@pytest.mark.parametrize(("method", "shrink"), [("metropolis", 1.3), ("importance", 4.0)])
+def test_intervals_of_ninety_percent_hold_ninety_percent(method, shrink):
+    p = Linear.random(5, 2, shift=0.3, shrink=shrink)
+    whole = p.draw(1500)
+    x = with_holes(whole, 0.4)
+    found = pv.impute(p.model, p.guide, x, num_imputations=39, method=method,
+                      num_samples=2000, num_sweeps=40)  # fmt: skip
+    assert found.flagged.double().mean() < 0.05
+    low, high = found.interval(0.9)
+    hole = ~found.observed
+    inside = ((whole > low) & (whole < high))[hole].double()
+    assert hole.sum() > 2500  # standard error 0.6%: 2% is more than 3 of them
+    assert 0.88 < inside.mean() < 0.92
+    np.testing.assert_array_equal(low[~hole], whole[~hole])
+
+
+def test_intervals_from_twenty_draws_are_as_honest_as_from_many():
+    draws = torch.randn(19, 40_000, 1)
+    full = torch.ones(40_000, 1, dtype=torch.bool)
+    nothing = torch.zeros(40_000)
+    found = pv.Imputations(draws, full, draws.mean(0), "gibbs", nothing, nothing, nothing)
+    low, high = found.interval(0.9)
+    fresh = torch.randn(40_000, 1)
+    share = ((fresh > low) & (fresh < high)).double()
+    assert z_scores(share, 0.9).abs() < 3.5
+    with pytest.raises(ConfigError, match="95% takes at least 39 imputations, there are 19"):
+        found.interval(0.95)
+
+
+def test_the_mean_is_that_of_the_conditional_and_less_noisy_than_the_draws():
+    p = Linear.random(4, 2, shift=0.3)
+    row = holed_row(p)
+    mean, _ = conditional(p, row)
+    found = pv.impute(p.model, p.guide, row.repeat(1000, 1), num_imputations=5)
+    hole = row.isnan()
+    means, averages = found.mean[:, hole], found.values.mean(0)[:, hole]
+    assert z_scores(means, mean).abs().max() < 3.5
+    assert (means.var(0) < averages.var(0)).all()
+    torch.testing.assert_close(found.mean[:, ~hole], row[~hole].expand(1000, -1))
+
+
+def test_observed_values_stay_and_a_mask_is_the_same_as_nan():
+    p = Linear.random(4, 2)
+    whole = p.draw(20)
+    x = with_holes(whole)
+    by_nan = pv.impute(p.model, p.guide, x, num_imputations=3, num_sweeps=5)
+    by_mask = pv.impute(p.model, p.guide, whole, num_imputations=3, num_sweeps=5, mask=~x.isnan())
+    torch.testing.assert_close(by_nan.values, by_mask.values, rtol=0, atol=0)
+    assert (by_nan.values == whole)[:, by_nan.observed].all()
+    assert by_nan.values.isfinite().all()
+    as_array = pv.impute(p.model, p.guide, whole.numpy(), num_imputations=3, num_sweeps=5,
+                         mask=(~x.isnan()).numpy())  # fmt: skip
+    torch.testing.assert_close(by_nan.values, as_array.values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["metropolis", "importance", "gibbs"])
+def test_mixed_columns_are_filled_within_their_supports(method):
+    vae = mixed_vae()
+    x = with_holes(mixed_table(), 0.5)
+    state = torch.get_rng_state()
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    found = pv.impute(vae.model, vae.guide, x, num_imputations=6, method=method, num_sweeps=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())
+    for completed in found.values:
+        vae.likelihood.likelihood.check(completed)
+    assert set(found.mode()[:, 2].tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    again = pv.impute(vae.model, vae.guide, x, num_imputations=6, method=method, num_sweeps=3)
+    assert torch.equal(found.values, again.values)
+    other = pv.impute(
+        vae.model, vae.guide, x, num_imputations=6, method=method, num_sweeps=3, seed=1
+    )
+    assert not torch.equal(found.values, other.values)
+
+
+def test_categories_are_drawn_with_their_conditional_probabilities():
+    """Two binary values that z ties together: p(b|a) by a sum over a fine grid of z."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            logits = 3 * z + torch.tensor([0.5, -0.5])
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :1] - 0.5, 1.2).to_event(1))
+
+    z = torch.linspace(-8, 8, 4001)
+    weight = torch.exp(-0.5 * z**2) * torch.sigmoid(3 * z + 0.5)
+    truth = (weight * torch.sigmoid(3 * z - 0.5)).sum() / weight.sum()
+    x = torch.tensor([[1.0, NAN]]).repeat(8000, 1)
+    for method in ("metropolis", "importance"):
+        found = pv.impute(model, guide, x, num_imputations=1, method=method, num_sweeps=30)
+        assert z_scores(found.values[0, :, 1], truth).abs() < 3.5
+        assert z_scores(found.mean[:, 1], truth).abs() < 3.5
+
+
+def test_values_in_a_plate_and_further_arguments_are_taken_by_row():
+    """Features in a plate of their own, shifted by a covariate of each row."""
+    p = Linear.random(3, 2)
+
+    def model(x, shift):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1, 2), 1.0).to_event(1))
+            loc = z.squeeze(-2) @ p.W.T + shift[:, None]
+            with pyro.plate("features", 3, dim=-1):
+                pyro.sample("x", dist.Normal(loc, p.sigma), obs=x)
+
+    def guide(x, shift):
+        with pyro.plate("data", len(x), dim=-2):
+            loc = torch.zeros(len(x), 1, 2)
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    shift = torch.tensor([-50.0, 50.0]).repeat_interleave(2000)
+    row = holed_row(Linear.random(4, 2))[:3]
+    x = row + shift[:, None]
+    found = pv.impute(model, guide, x, shift, num_imputations=1, num_sweeps=60)
+    drawn = (found.values[0] - shift[:, None])[:, row.isnan()]
+    centred = Linear(p.W, torch.zeros(3), p.sigma)
+    mean, covariance = conditional(centred, row)
+    assert z_scores(drawn, mean).abs().max() < 3.5
+    assert z_scores((drawn - mean) ** 2, covariance.diagonal()).abs().max() < 3.5
+
+
+def test_an_empty_datum_is_an_error_or_a_draw_from_the_model():
+    p = Linear.random(4, 2, shift=0.7)
+    x = torch.cat([p.draw(1), torch.full((3000, 4), NAN)])
+    with pytest.raises(DataError, match=r"row 1 \(and 2999 more\) has no observed value"):
+        pv.impute(p.model, p.guide, x)
+    found = pv.impute(p.model, p.guide, x, num_imputations=1, num_sweeps=1, allow_empty=True)
+    draws = found.values[0, 1:]
+    assert z_scores(draws, p.b).abs().max() < 3.5
+    variance = (p.W @ p.W.T + p.sigma**2 * torch.eye(4)).diagonal()
+    assert z_scores((draws - p.b) ** 2, variance).abs().max() < 3.5
+
+
+def test_too_few_effective_draws_and_stuck_chains_are_flagged():
+    bad = Linear.random(4, 2, shift=6.0, shrink=0.3)
+    good = Linear.random(4, 2, shrink=5.0)
+    x = with_holes(good.draw(10))
+    assert pv.impute(bad.model, bad.guide, x, method="importance").flagged.all()
+    assert pv.impute(bad.model, bad.guide, x, num_sweeps=20).flagged.any()
+    assert not pv.impute(good.model, good.guide, x, num_sweeps=20).flagged.any()
+    assert not pv.impute(
+        good.model, good.guide, x, method="importance", num_samples=4000
+    ).flagged.any()
+
+
+def test_errors_name_what_is_wrong():
+    p = Linear.random(4, 2)
+    x = with_holes(p.draw(6))
+    for error, match, data, options in [
+        (UnknownNameError, '"metropolis", "importance", "gibbs"', x, {"method": "mice"}),
+        (ConfigError, "num_imputations must be at least 1", x, {"num_imputations": 0}),
+        (ConfigError, "num_sweeps must be at least 1", x, {"num_sweeps": 0}),
+        (DataError, "mask is boolean", x, {"mask": torch.ones(6, 4)}),
+        (ShapeError, r"mask of shape \(6, 3\)", x, {"mask": torch.ones(6, 3, dtype=torch.bool)}),
+        (DataError, "floating point", torch.ones(3, 4, dtype=torch.long), {}),
+        (DataError, r"x\[0, 1\] = inf", torch.tensor([[0, torch.inf, NAN, 0]]), {}),
+        (SiteError, '"y" is no observed site', x, {"site": "y"}),
+    ]:
+        with pytest.raises(error, match=match):
+            pv.impute(p.model, p.guide, data, **options)
+
+
+def test_programs_that_cannot_be_imputed_are_refused():
+    p = Linear.random(4, 2)
+    x = with_holes(p.draw(6))
+
+    def model(x, features=4, dependent=False, twice=False):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = z @ p.W.T[:, :features]
+            fn = dist.Normal(loc, 1.0).to_event(1)
+            if dependent:
+                fn = dist.MultivariateNormal(loc, torch.eye(features))
+            pyro.sample("x", fn, obs=x[:, :features])
+            if twice:
+                pyro.sample("y", dist.Normal(z[..., 0], 1.0), obs=x[:, 0].nan_to_num())
+
+    with pytest.raises(ShapeError, match=r'"x" has values of shape \(2, 3\)'):
+        pv.impute(lambda x: model(x, 3), p.guide, x)
+    with pytest.raises(SiteError, match="not independent given z"):
+        pv.impute(lambda x: model(x, dependent=True), p.guide, x)
+    with pytest.raises(SiteError, match=r"\['x', 'y'\]: say which"):
+        pv.impute(lambda x: model(x, twice=True), p.guide, x)
+    pv.impute(lambda x: model(x, twice=True), p.guide, x, site="x", num_sweeps=2)
+
+
+def test_observed_values_outside_the_support_are_refused_by_row():
+    vae = mixed_vae()
+    x = mixed_table(3)
+    x[2, 1], x[2, 0] = 0.5, NAN
+    with pytest.raises(SupportError, match="row 2"):
+        pv.impute(vae.model, vae.guide, x)
+
+
+def test_weights_that_are_all_zero_are_an_error_by_row():
+    vae = mixed_vae()
+    with torch.no_grad():
+        vae.likelihood.likelihood.network.layers[-1].bias[0] = 1e200
+    x = mixed_table(3)
+    x[:, 1] = NAN
+    with pytest.raises(NonFiniteError, match="datum 0"):
+        pv.impute(vae.model, vae.guide, x)
