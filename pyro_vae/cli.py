@@ -1,4 +1,4 @@
-"""`pyro-vae`: train, evaluate, compare, sample and plot from the command line."""
+"""`pyro-vae`: train, evaluate, compare, sample, impute and plot from the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from pyro_vae.data import Data, Split
-from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError
+from pyro_vae.errors import CheckpointError, ConfigError, PyroVAEError, ShapeError
 
 RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 FAILURE, INTERRUPTED = 1, 130
@@ -326,6 +326,62 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
             x = likelihood.sample()
         np.savez(file, mean=likelihood.mean.numpy(), x=x.numpy())
     click.echo(f"{num} samples: E[x|z] as mean, draws of x as x, in {run / SAMPLES}")
+
+
+@cli.command()
+@click.argument("run", type=RUN)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help=".npz of x, NaN where missing, and perhaps a boolean mask, True where observed; or .npy.",
+)
+@click.option("--num-imputations", type=click.IntRange(1), default=20, help="Of every datum.")
+@click.option(
+    "--method",
+    type=click.Choice(["metropolis", "importance", "gibbs"]),
+    default="metropolis",
+    help="Metropolis within Gibbs, importance resampling, or pseudo-Gibbs.",
+)
+@click.option("--num-samples", type=click.IntRange(1), default=500, help="Importance draws.")
+@click.option("--num-sweeps", type=click.IntRange(1), default=100, help="Of every chain.")
+@click.option("--allow-empty", is_flag=True, help="Draw data of which nothing is observed.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Default: RUN/imputations.npz."
+)
+@click.option("--overwrite", is_flag=True, help="Replace imputations that are there.")
+def impute(run: Path, data: Path, out: Path | None, overwrite: bool, **options: Any) -> None:
+    """Fill in the missing values of --data, several times, under RUN's model.
+
+    The data are as the model saw them: scaled and binarised in the same way.
+    """
+    import pyro_vae as pv
+    from pyro_vae.imputation.files import read_holes, write_imputations
+    from pyro_vae.recipes import load_run
+    from pyro_vae.training.folder import IMPUTATIONS, new_output
+
+    out = run / IMPUTATIONS if out is None else out
+    if out.suffix != ".npz":
+        raise ConfigError(f"imputations are saved as .npz, not {out.name!r}")
+    with new_output(out, overwrite) as file:
+        x, mask = read_holes(data)
+        vae, trained_on, _ = load_run(run)
+        if x[0].numel() != trained_on.features:
+            raise ShapeError(
+                f"{data} has {x[0].numel()} values a row, the model of {run} {trained_on.features}"
+            )
+        shape, x = x.shape, x.flatten(1)
+        if mask is not None and mask.shape == shape:
+            mask = mask.flatten(1)
+        found = pv.impute(vae.model, vae.guide, x, mask=mask, **options)
+        write_imputations(file, found)
+    holes = int((~found.observed).sum())
+    click.echo(
+        f"{holes:,} values of {len(x):,} data filled in {len(found.values)} times, "
+        f"{int(found.flagged.sum()):,} data flagged"
+    )
+    click.echo(f"Written to {out}: values, mean, low and high of 90%, observed, and diagnostics")
 
 
 @cli.command()

@@ -1,11 +1,14 @@
 """Imputations are draws from p(x_mis|x_obs): exact in a linear model, whatever the guide."""
 
+from pathlib import Path
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from evidence_pairs import Linear
+from test_cli import FAST, run
 from test_incomplete import mixed_table, mixed_vae, with_holes
 from torch import Tensor
 from toys import z_scores
@@ -296,3 +299,74 @@ def test_weights_that_are_all_zero_are_an_error_by_row():
     x[:, 1] = NAN
     with pytest.raises(NonFiniteError, match="datum 0"):
         pv.impute(vae.model, vae.guide, x)
+
+
+# the command line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    run("train", "--out", folder, "--binarize", "threshold", *FAST)
+    return folder
+
+
+def holed_digits(tmp_path: Path, **arrays) -> tuple[Path, np.ndarray]:
+    digits = pv.datasets.load("digits", binarize="threshold").test.x[:5].numpy()
+    x = digits.copy()
+    x[:, 32:] = np.nan
+    np.savez(tmp_path / "holes.npz", **({"x": x} | arrays))
+    return tmp_path / "holes.npz", digits
+
+
+def test_the_command_fills_in_the_lower_half(trained, tmp_path):
+    file, digits = holed_digits(tmp_path)
+    said = run("impute", trained, "--data", file, "--num-sweeps", "3").stdout
+    assert "160 values of 5 data filled in 20 times" in said
+    with np.load(trained / "imputations.npz") as found:
+        assert found["values"].shape == (20, 5, 64)
+        assert (found["values"][:, :, :32] == digits[:, :32]).all()
+        assert np.isin(found["values"], [0, 1]).all()
+        assert (found["low"] <= found["high"]).all()
+        assert not found["observed"][:, 32:].any()
+    said = run("impute", trained, "--data", file, code=1)
+    assert "is there already: --overwrite" in said.stderr
+
+
+def test_the_command_takes_a_mask_and_images(trained, tmp_path):
+    mask = np.ones((5, 8, 8), bool)
+    mask[:, 4:] = False
+    whole = pv.datasets.load("digits", binarize="threshold").test.x[:5].reshape(5, 8, 8).numpy()
+    file, _ = holed_digits(tmp_path, x=whole, mask=mask)
+    by_nan, _ = holed_digits(tmp_path)
+    outs = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    options = ["--method", "importance", "--num-imputations", "3"]
+    for data, out in zip((file, by_nan), outs, strict=True):
+        run("impute", trained, "--data", data, "--out", out, *options)
+    first, second = (np.load(out)["values"] for out in outs)
+    np.testing.assert_array_equal(first, second)
+    assert "low" not in np.load(outs[0])
+
+
+def test_the_command_says_what_it_cannot_fill(trained, tmp_path):
+    empty = np.full((2, 64), np.nan)
+    for x, message in [
+        (empty, "row 0 (and 1 more) has no observed value"),
+        (np.full((2, 63), 1.0), "63 values a row"),
+        (np.full((2, 64), 0.5), "0.5"),
+        (np.array(["a"]), "a datum a row"),
+    ]:
+        file, _ = holed_digits(tmp_path, x=x)
+        out = tmp_path / "none.npz"
+        assert message in run("impute", trained, "--data", file, "--out", out, code=1).stderr
+        assert not out.exists()
+    file, _ = holed_digits(tmp_path, x=empty)
+    run("impute", trained, "--data", file, "--out", tmp_path / "drawn.npz", "--allow-empty")
+    file, _ = holed_digits(tmp_path, a=empty, x=empty)
+    np.savez(tmp_path / "two.npz", a=empty, b=empty)
+    said = run(
+        "impute", trained, "--data", tmp_path / "two.npz", "--out", tmp_path / "c.npz", code=1
+    )
+    assert 'save the data as "x"' in said.stderr
+    said = run("impute", trained, "--data", file, "--out", tmp_path / "c.csv", code=1)
+    assert "saved as .npz" in said.stderr

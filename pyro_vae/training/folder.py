@@ -23,11 +23,12 @@ METRICS = "metrics.csv"
 TENSORBOARD = "tensorboard"
 EVIDENCE = "evidence.npz"
 SAMPLES = "samples.npz"
+IMPUTATIONS = "imputations.npz"
 FIGURES = "figures"
 PLOTS = ("training_curves", "reconstructions", "samples", "latent_map", "manifold", "class_grid")
 
 # what is made from the trained weights, and is of other weights once training starts
-DERIVED = (MODEL, EVIDENCE, SAMPLES, *(f"{FIGURES}/{name}.png" for name in PLOTS))
+DERIVED = (MODEL, EVIDENCE, SAMPLES, IMPUTATIONS, *(f"{FIGURES}/{name}.png" for name in PLOTS))
 
 # what may differ when a run is resumed: everything else would make it another run
 FREE = ("epochs", "device")
