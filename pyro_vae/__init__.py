@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pyro_vae import compiled, datasets, plots, training
     from pyro_vae.compiled import CompiledSVI, compile
     from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
+    from pyro_vae.gaps import Gaps, inference_gaps
     from pyro_vae.imputation import Imputations, impute
+    from pyro_vae.mcmc import Chains, nuts
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "IWAE",
     "MIWAE",
     "VAE",
+    "Chains",
     "CompiledSVI",
     "Data",
     "Evidence",
+    "Gaps",
     "Imputations",
     "Run",
     "Split",
@@ -46,10 +50,12 @@ __all__ = [
     "exact",
     "fit",
     "impute",
+    "inference_gaps",
     "likelihoods",
     "load_weights",
     "log_marginal",
     "networks",
+    "nuts",
     "plots",
     "posteriors",
     "priors",
@@ -69,12 +75,16 @@ _HOMES = {
     "Evidence": "pyro_vae.evidence",
     "compare": "pyro_vae.evidence",
     "exact": "pyro_vae.evidence",
+    "Chains": "pyro_vae.mcmc",
+    "Gaps": "pyro_vae.gaps",
     "Imputations": "pyro_vae.imputation",
     "Run": "pyro_vae.training",
     "fit": "pyro_vae.training",
     "impute": "pyro_vae.imputation",
+    "inference_gaps": "pyro_vae.gaps",
     "load_weights": "pyro_vae.training",
     "log_marginal": "pyro_vae.evidence",
+    "nuts": "pyro_vae.mcmc",
     "read_metrics": "pyro_vae.training",
     "sandwich": "pyro_vae.evidence",
     "save_weights": "pyro_vae.training",

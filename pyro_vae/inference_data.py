@@ -120,6 +120,27 @@ def psis_khat(log_w: np.ndarray) -> np.ndarray:
     return np.atleast_1d(khat)
 
 
+def convergence(
+    draws: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """ArviZ's rank-normalised R-hat and bulk effective sample size of arrays `(chain, draw, ...)`,
+    each of the shape without these two, whichever version is installed."""
+    import arviz
+
+    if _major(arviz) < 1:
+        posterior = arviz.convert_to_dataset(dict(draws))
+        found = arviz.rhat(posterior), arviz.ess(posterior)
+        rhat, ess = ({name: f[name].values for name in draws} for f in found)
+        return rhat, ess
+    from arviz_stats.base import array_stats
+
+    axes = {"chain_axis": 0, "draw_axis": 1}
+    return (
+        {name: np.asarray(array_stats.rhat(value, **axes)) for name, value in draws.items()},
+        {name: np.asarray(array_stats.ess(value, **axes)) for name, value in draws.items()},
+    )
+
+
 def _at(target: Target, rows: range, values: Mapping[str, Tensor], num: int) -> Groups:
     """log p(x|z) and draws of x at draws of z."""
     if num == 1:
