@@ -6,6 +6,7 @@ log-densities are in nats.
 
 from pyro_vae.plots.classes import analogies, class_grid
 from pyro_vae.plots.curves import active_units, training_curves
+from pyro_vae.plots.experiments import densities, imputations, posteriors, series
 from pyro_vae.plots.latent import latent_map
 from pyro_vae.plots.pictures import manifold, reconstructions, samples
 from pyro_vae.plots.tiles import tile
@@ -14,10 +15,14 @@ __all__ = [
     "active_units",
     "analogies",
     "class_grid",
+    "densities",
+    "imputations",
     "latent_map",
     "manifold",
+    "posteriors",
     "reconstructions",
     "samples",
+    "series",
     "tile",
     "training_curves",
 ]
