@@ -15,7 +15,7 @@ from pyro_vae import (
 )
 from pyro_vae.data import Data, Split
 from pyro_vae.diagnostics import active_units
-from pyro_vae.objectives import ELBO, IWAE, MIWAE
+from pyro_vae.objectives import ELBO, IWAE, MIWAE, WakeSleep
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "Imputations",
     "Run",
     "Split",
+    "WakeSleep",
     "active_units",
     "compare",
     "compile",

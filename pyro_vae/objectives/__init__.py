@@ -8,5 +8,6 @@ are in nats, summed over the data of a call (and scaled where a plate is subsamp
 from pyro_vae.objectives.base import Objective, Terms
 from pyro_vae.objectives.elbo import ELBO
 from pyro_vae.objectives.importance import IWAE, MIWAE
+from pyro_vae.objectives.wake_sleep import WakeSleep
 
-__all__ = ["ELBO", "IWAE", "MIWAE", "Objective", "Terms"]
+__all__ = ["ELBO", "IWAE", "MIWAE", "Objective", "Terms", "WakeSleep"]
