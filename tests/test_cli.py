@@ -99,7 +99,8 @@ def test_evaluate_samples_and_plots(trained: Path) -> None:
     assert ((samples["mean"] > 0) & (samples["mean"] < 1)).all()
     run("plot", trained)
     names = {path.stem for path in (trained / "figures").glob("*.png")}
-    assert names == {"training_curves", "reconstructions", "samples", "latent_map", "manifold"}
+    drawn = {"training_curves", "reconstructions", "samples", "latent_map", "manifold"}
+    assert names == {*drawn, "evidence"}
 
 
 def test_compare_ranks_evaluated_runs(trained: Path, tmp_path: Path) -> None:

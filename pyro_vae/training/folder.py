@@ -24,10 +24,11 @@ TENSORBOARD = "tensorboard"
 EVIDENCE = "evidence.npz"
 SAMPLES = "samples.npz"
 FIGURES = "figures"
+EVIDENCE_FIGURE = f"{FIGURES}/evidence.png"
 PLOTS = ("training_curves", "reconstructions", "samples", "latent_map", "manifold")
 
 # what is made from the trained weights, and is of other weights once training starts
-DERIVED = (MODEL, EVIDENCE, SAMPLES, *(f"{FIGURES}/{name}.png" for name in PLOTS))
+DERIVED = (MODEL, EVIDENCE, EVIDENCE_FIGURE, SAMPLES, *(f"{FIGURES}/{name}.png" for name in PLOTS))
 
 # what may differ when a run is resumed: everything else would make it another run
 FREE = ("epochs", "device")
