@@ -1,15 +1,17 @@
 """What escalation is worth: `method="auto"` beside plain importance sampling at equal time.
 
-    python -m benchmarks.evidence_auto
+    OMP_NUM_THREADS=1 python -m benchmarks.evidence_auto
 
-A VAE is trained on binarised digits. Its evidence is then evaluated where importance sampling
-fails: with an encoder whose scales are halved, and on data that the encoder never saw (digits with
-black and white exchanged). Errors are against a long annealing run; plain importance
-sampling draws from the guide alone, and gets as many draws as fit in the time that auto took.
+Two VAEs of binarised digits, each trained from several seeds, are evaluated where importance
+sampling fails: with an encoder whose scales are halved, and on data that the encoder never saw
+(digits with black and white exchanged). Errors are against a long annealing run. Plain importance
+sampling draws from the guide alone, and gets as many draws as fit in the processor time that auto
+took.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
@@ -23,9 +25,9 @@ import pyro_vae as pv
 from benchmarks import report
 from pyro_vae.evidence import Settings
 
-COMMAND = "python -m benchmarks.evidence_auto"
-LATENT, NUM_DATA = 10, 20
-LONG = Settings(chains=64, temperatures=500, leapfrogs=6)
+COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.evidence_auto"
+LONG = Settings(chains=48, temperatures=300, leapfrogs=5)
+MODELS = {"10 latents, [100]": (10, [100]), "20 latents, [200, 200]": (20, [200, 200])}
 
 
 class Halved(nn.Module):
@@ -40,50 +42,42 @@ class Halved(nn.Module):
         return dist.Normal(q.loc, self.factor * q.scale).to_event(1)
 
 
-def train(epochs: int = 60) -> tuple[pv.VAE, Tensor]:
-    """A VAE of digits, and its test data."""
-    data = pv.datasets.load("digits", binarize="dynamic", seed=0)
-    torch.manual_seed(0)
+def train(latent: int, hidden: list[int], seed: int, epochs: int, num_data: int) -> Any:
+    """A VAE of digits, and some of its test data."""
+    data = pv.datasets.load("digits", binarize="dynamic", seed=seed)
+    torch.manual_seed(seed)
     vae = pv.VAE(
-        prior=pv.priors.StandardNormal(LATENT),
-        likelihood=pv.likelihoods.Bernoulli(pv.networks.MLP(LATENT, [100], data.features)),
-        posterior=pv.posteriors.DiagonalNormal(pv.networks.MLP(data.features, [100], 2 * LATENT)),
+        prior=pv.priors.StandardNormal(latent),
+        likelihood=pv.likelihoods.Bernoulli(pv.networks.MLP(latent, hidden, data.features)),
+        posterior=pv.posteriors.DiagonalNormal(pv.networks.MLP(data.features, hidden, 2 * latent)),
     )
     vae.likelihood.initialize(data.train_mean())
-    pv.fit(vae, data, objective=pv.ELBO(), epochs=epochs, batch_size=64, progress=False)
-    return vae, data.test.fixed().x[:NUM_DATA]
+    pv.fit(vae, data, epochs=epochs, batch_size=64, seed=seed, progress=False)
+    return vae, data.test.fixed().x[:num_data]
 
 
-def reference(vae: pv.VAE, x: Tensor) -> pv.Evidence:
-    """A long annealing run from the inflated guide of the VAE as it was trained."""
-    return pv.log_marginal(
-        vae.model, vae.guide, x, method="ais", annealing=LONG, seed=1, progress=False
-    )
-
-
-def duel(vae: pv.VAE, x: Tensor, truth: pv.Evidence) -> dict[str, Any]:
+def duel(vae: pv.VAE, x: Tensor, truth: pv.Evidence, seed: int) -> dict[str, Any]:
     """Errors and times of both."""
-    started = time.perf_counter()
-    auto = pv.log_marginal(vae.model, vae.guide, x, method="auto", progress=False)
-    seconds = time.perf_counter() - started
+    started = time.process_time()
+    auto = pv.log_marginal(vae.model, vae.guide, x, method="auto", seed=seed, progress=False)
+    seconds = time.process_time() - started
 
-    def plain(num_samples: int) -> pv.Evidence:
-        return pv.log_marginal(
-            vae.model, vae.guide, x, num_samples=num_samples, defensive=0, progress=False
+    def plain(num_samples: int) -> tuple[pv.Evidence, float]:
+        started = time.process_time()
+        found = pv.log_marginal(
+            vae.model, vae.guide, x, num_samples=num_samples, defensive=0, seed=seed, progress=False
         )
+        return found, time.process_time() - started
 
     plain(1000)
-    started = time.perf_counter()
-    plain(5000)
-    rate = (time.perf_counter() - started) / 5000
-    num_samples = max(5000, int(seconds / rate))
-    started = time.perf_counter()
-    same_time = plain(num_samples)
+    _, some = plain(5000)
+    num_samples = max(5000, int(5000 * seconds / some))
+    same_time, plain_seconds = plain(num_samples)
+    escalated = {m: int((auto.method == m).sum()) for m in sorted(set(auto.method.tolist()))}
     return {
         "truth": {"mean": truth.mean, "se_mc": truth.se_mc, "flagged": truth.num_flagged},
-        "auto": _row(auto, truth, seconds)
-        | {"escalated": int((auto.method == "ais").sum()), "draws": 5000},
-        "plain": _row(same_time, truth, time.perf_counter() - started) | {"draws": num_samples},
+        "auto": {**_row(auto, truth, seconds), "methods": escalated},
+        "plain": {**_row(same_time, truth, plain_seconds), "draws": num_samples},
     }
 
 
@@ -99,41 +93,93 @@ def _row(found: pv.Evidence, truth: pv.Evidence, seconds: float) -> dict[str, An
     }
 
 
-def main() -> None:
-    """Train, duel, print, write."""
-    vae, x = train()
+def run(name: str, seed: int, epochs: int, num_data: int) -> list[dict[str, Any]]:
+    """One model from one seed, under all conditions."""
+    vae, x = train(*MODELS[name], seed, epochs, num_data)
     halved = pv.VAE(vae.prior, vae.likelihood, Halved(vae.posterior))
-    seen, unseen = reference(vae, x), reference(vae, 1 - x)
-    results = {
-        "as trained": duel(vae, x, seen),
-        "scales halved": duel(halved, x, seen),
-        "unseen data": duel(vae, 1 - x, unseen),
-        "halved, unseen": duel(halved, 1 - x, unseen),
+
+    def reference(x: Tensor) -> pv.Evidence:
+        return pv.log_marginal(
+            vae.model, vae.guide, x, method="ais", annealing=LONG, seed=1000 + seed, progress=False
+        )
+
+    seen, unseen = reference(x), reference(1 - x)
+    found = {
+        "as trained": duel(vae, x, seen, seed),
+        "scales halved": duel(halved, x, seen, seed),
+        "unseen data": duel(vae, 1 - x, unseen, seed),
+        "halved, unseen": duel(halved, 1 - x, unseen, seed),
     }
-    for name, row in results.items():
+    for condition, row in found.items():
         auto, plain = row["auto"], row["plain"]
         print(
-            f"{name:<16} truth {row['truth']['mean']:.3f} ± {row['truth']['se_mc']:.2g}; "
-            f"rms error: auto {auto['rms_error']:.3f} ({auto['escalated']} of {NUM_DATA} annealed, "
-            f"{auto['seconds']:.1f} s), plain {plain['rms_error']:.3f} "
+            f"{name:<23} seed {seed} {condition:<15} truth {row['truth']['mean']:.2f} ± "
+            f"{row['truth']['se_mc']:.2g}; rms error: auto {auto['rms_error']:.3f} "
+            f"({auto['methods']}, {auto['seconds']:.1f} s), plain {plain['rms_error']:.3f} "
             f"(K = {plain['draws']:,}, {plain['seconds']:.1f} s): "
-            f"{plain['rms_error'] / auto['rms_error']:.1f}x"
+            f"{plain['rms_error'] / auto['rms_error']:.1f}x",
+            flush=True,
         )
-    report.write("evidence_auto", COMMAND, results, draw(results))
+    return [{"model": name, "seed": seed, "condition": c, **row} for c, row in found.items()]
 
 
-def draw(results: dict[str, Any]) -> Figure:
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over seeds: rms errors, and the ratio of each seed's."""
+    found = []
+    for key in dict.fromkeys((row["model"], row["condition"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["condition"]) == key]
+        auto, plain = (
+            np.array([row[method]["rms_error"] for row in some]) for method in ("auto", "plain")
+        )
+        found.append(
+            {
+                "model": key[0],
+                "condition": key[1],
+                "seeds": len(some),
+                "auto": float(np.sqrt((auto**2).mean())),
+                "plain": float(np.sqrt((plain**2).mean())),
+                "gain": float(np.median(plain / auto)),
+                "least_gain": float((plain / auto).min()),
+                "auto_flagged": sum(row["auto"]["flagged"] for row in some),
+            }
+        )
+    return found
+
+
+def main(seeds: int, epochs: int, num_data: int) -> None:
+    """Train, duel, print, write."""
+    rows = [r for s in range(seeds) for name in MODELS for r in run(name, s, epochs, num_data)]
+    results = {"num_data": num_data, "summary": summary(rows), "rows": rows}
+    for row in results["summary"]:
+        print(
+            f"{row['model']:<23} {row['condition']:<15} auto {row['auto']:.3f}, plain "
+            f"{row['plain']:.3f} nats: {row['gain']:.1f}x, at least {row['least_gain']:.1f}x"
+        )
+    report.write("evidence_auto", COMMAND, results, draw(rows))
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
     """The errors of every datum."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    for axes, (name, row) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        for i, method in enumerate(("auto", "plain")):
-            errors = row[method]["errors"]
-            axes.plot([i] * len(errors), errors, "o", alpha=0.5)
-        axes.axhline(0, color="k", lw=0.5)
-        axes.set(title=name, xticks=[0, 1], xticklabels=["auto", "plain"], xlim=(-0.5, 1.5))
-    figure.axes[0].set_ylabel("error of log p(x), nats")
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    panels = figure.subplots(len(MODELS), len(conditions), squeeze=False)
+    for line, model in zip(panels, MODELS, strict=True):
+        for axes, condition in zip(line, conditions, strict=True):
+            some = [r for r in rows if (r["model"], r["condition"]) == (model, condition)]
+            for i, method in enumerate(("auto", "plain")):
+                errors = [error for row in some for error in row[method]["errors"]]
+                jitter = i + np.linspace(-0.15, 0.15, len(errors))
+                axes.plot(jitter, errors, "o", alpha=0.5, markersize=3)
+            axes.axhline(0, color="k", lw=0.5)
+            axes.set(title=condition, xticks=[0, 1], xticklabels=["auto", "plain"])
+        line[0].set_ylabel(f"{model}\nerror of log p(x), nats")
     return figure
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--num-data", type=int, default=20)
+    options = parser.parse_args()
+    main(options.seeds, options.epochs, options.num_data)

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -272,20 +272,26 @@ def evaluate(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Estimate log p(x) under RUN, with its error, into RUN/evidence.npz."""
+    """Estimate log p(x) under RUN, with its error, into RUN/evidence.npz, and draw it."""
     import pyro_vae as pv
     from pyro_vae.recipes import load_run
-    from pyro_vae.training.folder import EVIDENCE, new_output
+    from pyro_vae.training.folder import EVIDENCE, EVIDENCE_FIGURE, new_output
 
-    with new_output(run / EVIDENCE, overwrite) as file:
+    with (
+        new_output(run / EVIDENCE, overwrite) as file,
+        new_output(run / EVIDENCE_FIGURE, overwrite) as figure,
+    ):
         vae, data, _ = load_run(run)
         split = _part(data, part)[:limit]
         evidence = pv.log_marginal(
             vae.model, vae.guide, split, num_samples=num_samples, method=method, seed=seed
         )
+        origin = {"data_set": data.name, "part": part, "preparation": data.preparation}
+        evidence = replace(evidence, provenance={**evidence.provenance, **origin})
         evidence.save(file)
+        evidence.plot(data.image_shape).savefig(figure, dpi=150, bbox_inches="tight")
     click.echo(f"{part}: {evidence}")
-    click.echo(f"Written to {run / EVIDENCE}")
+    click.echo(f"Written to {run / EVIDENCE}, drawn in {run / EVIDENCE_FIGURE}")
     click.echo(f"Next: pyro-vae plot {run}; pyro-vae sample {run}")
 
 

@@ -129,7 +129,8 @@ def test_evaluate_samples_and_plots(trained: Path) -> None:
     assert ((samples["mean"] > 0) & (samples["mean"] < 1)).all()
     run("plot", trained)
     names = {path.stem for path in (trained / "figures").glob("*.png")}
-    assert names == {"training_curves", "reconstructions", "samples", "latent_map", "manifold"}
+    drawn = {"training_curves", "reconstructions", "samples", "latent_map", "manifold"}
+    assert names == {*drawn, "evidence"}
 
 
 def test_a_run_in_float64_is_looked_at_in_float64(tmp_path: Path) -> None:

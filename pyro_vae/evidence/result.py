@@ -14,6 +14,8 @@ import numpy as np
 from pyro_vae.errors import ConfigError, CorruptFileError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from pyro_vae.evidence.comparison import Difference
 
 Array = np.ndarray
@@ -114,6 +116,17 @@ class Evidence:
         from pyro_vae.evidence.comparison import difference
 
         return difference(self, other, mixed)
+
+    def plot(self, image_shape: tuple[int, ...] | None = None) -> Figure:
+        """Histogram of log p(x), convergence in K, k-hat, and the worst-explained data: see
+        `plots.evaluation`.
+
+        Args:
+            image_shape: of a datum, channels first; None where it is no image.
+        """
+        from pyro_vae.plots import evaluation
+
+        return evaluation(self, image_shape=image_shape)
 
     def to_arviz(self, num_draws: int = 100, seed: int = 0) -> Any:
         """Posterior, predictive and prior draws and log p(x|z): see `inference_data.to_arviz`.

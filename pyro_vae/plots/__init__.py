@@ -1,4 +1,4 @@
-"""Figures: each a function from arrays or a VAE to a matplotlib `Figure`.
+"""Figures: each a function from arrays, a VAE or an evaluation to a matplotlib `Figure`.
 
 Nothing here shows, writes, or touches pyplot's state; `figure.savefig(path)` writes one. All
 log-densities are in nats.
@@ -6,6 +6,13 @@ log-densities are in nats.
 
 from pyro_vae.plots.classes import analogies, class_grid
 from pyro_vae.plots.curves import active_units, training_curves
+from pyro_vae.plots.evidence import (
+    convergence,
+    evaluation,
+    khat,
+    log_px_histogram,
+    worst_explained,
+)
 from pyro_vae.plots.experiments import densities, imputations, posteriors, series
 from pyro_vae.plots.latent import latent_map
 from pyro_vae.plots.pictures import manifold, reconstructions, samples
@@ -15,9 +22,13 @@ __all__ = [
     "active_units",
     "analogies",
     "class_grid",
+    "convergence",
     "densities",
+    "evaluation",
     "imputations",
+    "khat",
     "latent_map",
+    "log_px_histogram",
     "manifold",
     "posteriors",
     "reconstructions",
@@ -25,4 +36,5 @@ __all__ = [
     "series",
     "tile",
     "training_curves",
+    "worst_explained",
 ]

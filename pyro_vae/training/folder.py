@@ -25,10 +25,14 @@ EVIDENCE = "evidence.npz"
 SAMPLES = "samples.npz"
 IMPUTATIONS = "imputations.npz"
 FIGURES = "figures"
+EVIDENCE_FIGURE = f"{FIGURES}/evidence.png"
 PLOTS = ("training_curves", "reconstructions", "samples", "latent_map", "manifold", "class_grid")
 
 # what is made from the trained weights, and is of other weights once training starts
-DERIVED = (MODEL, EVIDENCE, SAMPLES, IMPUTATIONS, *(f"{FIGURES}/{name}.png" for name in PLOTS))
+DERIVED = (
+    MODEL, EVIDENCE, EVIDENCE_FIGURE, SAMPLES, IMPUTATIONS,
+    *(f"{FIGURES}/{name}.png" for name in PLOTS),
+)  # fmt: skip
 
 # what may differ when a run is resumed: everything else would make it another run
 FREE = ("epochs", "device")
