@@ -14,7 +14,7 @@ from pyro_vae import (
     variants,
 )
 from pyro_vae.data import Data, Split
-from pyro_vae.diagnostics import active_units
+from pyro_vae.diagnostics import active_units, clustering_accuracy
 from pyro_vae.objectives import ELBO, IWAE, MIWAE
 from pyro_vae.vae import VAE
 
@@ -41,6 +41,7 @@ __all__ = [
     "Run",
     "Split",
     "active_units",
+    "clustering_accuracy",
     "compare",
     "compile",
     "compiled",
