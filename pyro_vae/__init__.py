@@ -14,7 +14,7 @@ from pyro_vae import (
     variants,
 )
 from pyro_vae.data import Data, Split
-from pyro_vae.diagnostics import active_units
+from pyro_vae.diagnostics import active_units, clustering_accuracy
 from pyro_vae.objectives import ELBO, IWAE, MIWAE, WakeSleep
 from pyro_vae.vae import VAE
 
@@ -42,6 +42,7 @@ __all__ = [
     "Split",
     "WakeSleep",
     "active_units",
+    "clustering_accuracy",
     "compare",
     "compile",
     "compiled",

@@ -23,6 +23,7 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # again: whose module imports
 
 # what may be given with --resume; the rest would make it another run
 RESUMABLE = {"out", "resume", "overwrite", "epochs", "device", "tensorboard"}
+STARTING = ("batch_size", "learning_rate", "device", "precision")  # of what is trained beforehand
 
 
 class Sizes(click.ParamType):
@@ -181,6 +182,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 )
 @click.option("--clusters", type=click.IntRange(1), default=10, help="Of a gmvae.")
 @click.option(
+    "--pretrain",
+    type=click.IntRange(0),
+    default=50,
+    help="Epochs of the plain VAE that a gmvae starts from.",
+)
+@click.option(
     "--upper",
     type=Sizes(),
     default="8",
@@ -208,9 +215,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 @click.pass_context
 def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **options: Any) -> None:
     """Train a VAE into a run folder."""
-    from pyro_vae.recipes import Recipe, build_objective, build_vae, load_data
+    from pyro_vae.recipes import Recipe, build_objective, build_vae, load_data, start
     from pyro_vae.schedules import Warmup
     from pyro_vae.training import fit, track_log_px
+    from pyro_vae.training.folder import check_free
 
     if resume:
         options |= _options_of(out, ctx, options.keys())
@@ -226,6 +234,9 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     every = fitting.pop("log_px_every")
     trackers = [track_log_px(vae, _part(data, "valid")[:500], every)] if every else []
     with _telling_how_to_resume(out):
+        if not resume:
+            check_free(out, overwrite)
+            start(recipe, data, vae, **{name: fitting[name] for name in STARTING})
         run = fit(
             vae,
             data,

@@ -118,3 +118,26 @@ def _mean(site: Any) -> Tensor:
     except NotImplementedError:
         return site["value"]
     return site["value"] if mean.isnan().any() else mean
+
+
+def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
+    """Share of the data whose cluster is matched to its class, under the best one-to-one matching
+    of clusters with classes (Xie et al. 2016, eq. 10).
+
+    Args:
+        clusters, labels: whole numbers from 0 on, `(N,)`.
+
+    Raises:
+        ShapeError: there are not as many clusters as labels, or none.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if clusters.shape != labels.shape or clusters.dim() != 1 or len(labels) == 0:
+        raise ShapeError(
+            f"clusters of shape {tuple(clusters.shape)} for labels of shape {tuple(labels.shape)}"
+        )
+    sizes = int(clusters.max()) + 1, int(labels.max()) + 1
+    counts = torch.zeros(sizes, dtype=torch.long, device=labels.device)
+    counts.index_put_((clusters.long(), labels.long()), torch.ones_like(labels.long()), True)
+    matched = linear_sum_assignment(-counts.cpu().numpy())
+    return counts.cpu()[matched].sum().item() / len(labels)

@@ -17,7 +17,7 @@ from pyro_vae.data import Data, one_hot
 from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
 from pyro_vae.objectives import ELBO, IWAE, Objective
 from pyro_vae.seeding import derive, seeded
-from pyro_vae.training import load_weights
+from pyro_vae.training import fit, load_weights
 from pyro_vae.training.folder import CHECKPOINT, CONFIG, MODEL, read_config
 from pyro_vae.vae import VAE, Generative
 
@@ -49,6 +49,7 @@ class Recipe:
         labels: training labels that an m2 model is told.
         label_weight: of each of them, in units of N / labels (alpha / N of Kingma et al. 2014).
         clusters: of a gmvae.
+        pretrain: epochs of the plain VAE that a gmvae starts from.
         upper: dimensions of the latent layers above z_1 of a hierarchical model, from the data up.
         seed: of the weights, the data's fixed draws, and training.
     """
@@ -74,6 +75,7 @@ class Recipe:
     labels: int = 100
     label_weight: float = 0.1
     clusters: int = 10
+    pretrain: int = 50
     upper: tuple[int, ...] = (8,)
     seed: int = 0
 
@@ -135,6 +137,15 @@ def build_vae(recipe: Recipe, data: Data) -> Generative:
         vae = model.build(recipe, data)
     vae.likelihood.initialize(data.train_mean())
     return vae.float()  # whatever torch's default is
+
+
+def start(recipe: Recipe, data: Data, vae: Generative, **fitting: Any) -> None:
+    """What a model needs before it is trained: a gmvae, components at the clusters of a plain VAE.
+
+    Args:
+        fitting: of `fit`, for what is trained here: batch_size, learning_rate, device, precision.
+    """
+    _look_up(MODELS, recipe.model, "model").start(recipe, data, vae, **fitting)
 
 
 def sample_context(recipe: Recipe, data: Data, num: int) -> Tensor | None:
@@ -249,11 +260,8 @@ def _m2(recipe: Recipe, data: Data) -> Generative:
 
 
 def _gmvae(recipe: Recipe, data: Data) -> Generative:
-    posterior, likelihood = _parts(recipe, data, recipe.clusters)
-    classifier = _classifier(recipe, data, recipe.clusters)
-    return variants.GaussianMixtureVAE(
-        likelihood, posterior, classifier, recipe.clusters, recipe.latent
-    )
+    posterior, likelihood = _parts(recipe, data)
+    return variants.GaussianMixtureVAE(likelihood, posterior, recipe.clusters, recipe.latent)
 
 
 def _hierarchical(recipe: Recipe, data: Data) -> Generative:
@@ -335,12 +343,21 @@ def _iwae(recipe: Recipe) -> Objective:
 
 
 class Model(NamedTuple):
-    """A kind of model: how it is built, what its data are given, which options it alone takes."""
+    """A kind of model: how it is built, what its data are given, which options it alone takes,
+    whether it must be given a context, and what is done before it is trained."""
 
     build: Callable[[Recipe, Data], Generative]
     given: Callable[[Recipe, Data], Data] = lambda recipe, data: data
     options: frozenset[str] = frozenset()
     conditional: bool = False
+    start: Callable[..., None] = lambda recipe, data, vae, **fitting: None
+
+
+def _start_gmvae(recipe: Recipe, data: Data, vae: Any, **fitting: Any) -> None:
+    if recipe.pretrain:
+        fit(vae.plain(), data, epochs=recipe.pretrain, seed=recipe.seed, **fitting)
+        vae.to("cpu")
+    vae.place(data.train.fixed().x, recipe.seed)
 
 
 def _given_classes(recipe: Recipe, data: Data) -> Data:
@@ -356,7 +373,7 @@ MODELS = {
     "cvae": Model(_cvae, _given_classes, conditional=True),
     "class_means": Model(_class_means, _given_classes, conditional=True),
     "m2": Model(_m2, _given_labels, frozenset({"labels", "label_weight"})),
-    "gmvae": Model(_gmvae, options=frozenset({"clusters"})),
+    "gmvae": Model(_gmvae, options=frozenset({"clusters", "pretrain"}), start=_start_gmvae),
     "hierarchical": Model(_hierarchical, options=frozenset({"upper"})),
 }
 OPTIONS_OF_MODELS = frozenset().union(*(model.options for model in MODELS.values()))

@@ -62,7 +62,7 @@ MODEL_OPTIONS = {
     "cvae": [],
     "class_means": [],
     "m2": ["--labels", "50"],
-    "gmvae": ["--clusters", "4"],
+    "gmvae": ["--clusters", "4", "--pretrain", "2"],
     "hierarchical": ["--upper", "3,2"],
 }
 

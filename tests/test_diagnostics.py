@@ -1,5 +1,7 @@
 """Active units against guides whose posterior means are known."""
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -81,3 +83,15 @@ def test_what_has_no_covariance_is_refused():
         pv.active_units(linear_guide(weight), torch.zeros(3, 2), num_samples=1)
     with pytest.raises(ShapeError, match='site "z" has shape'):
         pv.active_units(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), torch.zeros(3, 2))
+
+
+def test_clustering_accuracy_is_the_best_matching():
+    clusters = torch.tensor([3, 3, 3, 0, 0, 1, 1, 1])
+    labels = torch.tensor([0, 0, 1, 2, 2, 1, 1, 0])
+    best = max(
+        sum(match[c] == y for c, y in zip(clusters.tolist(), labels.tolist(), strict=True))
+        for match in itertools.permutations(range(4))
+    )
+    assert pv.clustering_accuracy(clusters, labels) == best / 8 == 6 / 8
+    with pytest.raises(ShapeError, match="clusters of shape"):
+        pv.clustering_accuracy(clusters, labels[:3])

@@ -26,7 +26,13 @@ EACH = [
     {"kl": "monte_carlo", "gradient": "stl"},
     *({"model": name} for name in recipes.MODELS),
     {"model": "m2", "labels": 5, "label_weight": 0.2, "network": "gated"},
-    {"model": "gmvae", "clusters": 3, "posterior": "full_rank"},
+    {
+        "model": "gmvae",
+        "clusters": 3,
+        "posterior": "full_rank",
+        "network": "conv",
+        "hidden": (4, 8),
+    },
     {"model": "hierarchical", "upper": (4, 2)},
 ]
 

@@ -2,50 +2,142 @@
 
 from __future__ import annotations
 
+import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
+from pyro_vae.errors import AnalyticKLError
 from pyro_vae.likelihoods import check_finite
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import DiagonalNormal
+from pyro_vae.priors import StandardNormal
 from pyro_vae.typing import Conditional, Distribution
+from pyro_vae.vae import VAE
 from pyro_vae.variants.semi_supervised import SemiSupervisedVAE
 
 
 class GaussianMixtureVAE(SemiSupervisedVAE):
-    """p(y) N(z; m_y, diag(s_y^2)) p(x|z) with q(y|x) q(z|x, y): a cluster y for every datum.
+    """p(y) N(z; m_y, diag(s_y^2)) p(x|z) with q(y|x) and q(z|x) or q(z|x, y): a cluster y each.
 
-    The factorisation is that of Shu 2016 (simpler than Dilokthanakul et al. 2016, which has a
-    second continuous latent). The cluster is summed over exactly. Some labels may be known.
+    The cluster is summed over exactly. Some may be known, as labels. There are two guides:
 
-    Clusters die where q(y|x) settles before the decoder has learned anything: warm the KL up.
+    - with a `classifier`, q(y|x) q(z|x, y), that of Shu 2016 (simpler than Dilokthanakul et al.
+      2016, which has a second continuous latent);
+    - without one, q(z|x) and the q(y|x) that is best for it, which costs no network and cannot
+      lag behind (Jiang et al. 2017, VaDE).
+
+    From random weights most clusters die early, whichever it is. What works is to train the parts
+    as a plain VAE first, and to place the components where its data then are:
+
+        pv.fit(vae.plain(), data, ...)
+        vae.place(data.train.x)
+        pv.fit(vae, data, ...)
 
     Args:
         likelihood: maps z to p(x|z); it does not see the cluster, so z must tell it.
-        posterior: maps x and the cluster, one-hot, to q(z|x, y).
-        classifier: maps x to q(y|x), a `Categorical`: see `posteriors.Classifier`.
+        posterior: maps x to q(z|x), or x and the cluster, one-hot, where there is a classifier.
         num_classes: clusters.
         latent: dimension of z.
+        classifier: maps x to q(y|x), a `Categorical`: see `posteriors.Classifier`.
         label_weight, name: see `SemiSupervisedVAE`.
+
+    Raises:
+        AnalyticKLError: when run, without a classifier, where q(z|x) has no analytic KL to a
+            Normal.
     """
 
     def __init__(
         self,
-        likelihood: Conditional,
-        posterior: Conditional,
-        classifier: Conditional,
+        likelihood: nn.Module,
+        posterior: nn.Module,
         num_classes: int,
         latent: int,
+        classifier: Conditional | None = None,
         label_weight: float = 0.0,
         name: str | None = None,
     ) -> None:
         prior = DiagonalNormal(MLP(num_classes, [], 2 * latent))
+        if classifier is None:
+            classifier = Responsibilities(prior, posterior, num_classes)
+            posterior = Unconditional(posterior)
+        likelihood = Unconditional(likelihood)
         super().__init__(
-            prior, Unconditional(likelihood), posterior, classifier, num_classes, label_weight, name
-        )
+            prior, likelihood, posterior, classifier, num_classes, label_weight, name
+        )  # fmt: skip
+        self.latent = latent
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x|z)."""
-        return self.likelihood(z)
+        return self.model.likelihood(z)
+
+    def plain(self) -> VAE:
+        """The same likelihood and posterior under N(0, I), to be trained first.
+
+        Raises:
+            AnalyticKLError: there is a classifier, whose posterior asks for a cluster.
+        """
+        posterior = self.guide.posterior
+        if not isinstance(posterior, Unconditional):
+            raise AnalyticKLError("a posterior that is given the cluster makes no plain VAE")
+        like = self.model.one_hot
+        prior = StandardNormal(self.latent).to(like.device, like.dtype)
+        return VAE(prior, self.model.likelihood.part, posterior.part)
+
+    @torch.no_grad()
+    def place(self, x: Tensor, seed: int = 0) -> None:
+        """Put the components where the posterior of these data has them, by expectation
+        maximisation (scikit-learn's, the best of ten starts) on the means of q(z|x).
+
+        Args:
+            x: data `(N, features)`, as the model sees them.
+            seed: of the starts.
+        """
+        from sklearn.mixture import GaussianMixture
+
+        q = self.plain().encode(x)
+        number = len(self.model.one_hot)
+        fitted = GaussianMixture(number, covariance_type="diag", n_init=10, random_state=seed)
+        fitted.fit(q.mean.double().cpu().numpy())
+        means, variances = (torch.as_tensor(a).to(x) for a in (fitted.means_, fitted.covariances_))
+        # data lie around their means as q says
+        log_variances = (variances + q.variance.mean(0)).log()
+        layer = self.model.prior.network.layers[-1]
+        layer.weight.copy_(torch.cat([means, log_variances], 1).T)
+        layer.bias.zero_()
+
+
+class Responsibilities(nn.Module):
+    """q(y|x) = softmax_y(-KL(q(z|x) || p(z|y))), the maximum of the bound over all q(y|x) where
+    p(y) is uniform and neither q(z|x) nor p(x|z) sees y.
+
+    Args:
+        prior: maps the cluster, one-hot, to p(z|y).
+        posterior: maps x to q(z|x).
+        num_classes: clusters.
+    """
+
+    one_hot: Tensor
+
+    def __init__(self, prior: nn.Module, posterior: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.prior, self.posterior = prior, posterior
+        self.register_buffer("one_hot", torch.eye(num_classes), persistent=False)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
+        """q(y|x).
+
+        Raises:
+            AnalyticKLError: there is no analytic KL.
+        """
+        q, p = self.posterior(x.unsqueeze(-2)), self.prior(self.one_hot)
+        try:
+            return dist.Categorical(logits=-kl_divergence(q, p))
+        except NotImplementedError as error:
+            raise AnalyticKLError(
+                f"the best q(y|x) follows from an analytic KL, and {type(q).__name__} has none to "
+                "a Normal: take another posterior, or give a classifier"
+            ) from error
 
 
 class Unconditional(nn.Module):
