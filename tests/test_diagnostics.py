@@ -30,6 +30,26 @@ def test_variance_of_a_linear_guide_is_that_of_its_means():
     assert pv.active_units(linear_guide(weight), x, threshold=1e-5).number == 2
 
 
+@pytest.mark.parametrize(
+    "objective", [pv.ELBO(), pv.ELBO(num_particles=3), pv.IWAE(4), pv.IWAE(4, "dreg")]
+)
+def test_objectives_count_the_units_of_their_call(objective):
+    x = torch.randn(500, 3)
+    weight = torch.tensor([[1.0, 0.0, 0.02], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    terms = objective.terms(model, linear_guide(weight), x)
+    torch.testing.assert_close(terms.means["z"], x @ weight)
+    assert terms.active_units()["z"].tolist() == [True, False, False]
+    assert terms.active_units(1e-5)["z"].tolist() == [True, False, True]
+    with pytest.raises(ShapeError, match=r'"z" has one'):
+        objective.terms(model, linear_guide(weight), x[:1]).active_units()
+
+
 def test_a_guide_without_means_is_averaged_without_the_noise_of_its_draws():
     x = torch.randn(2000, 2)
 

@@ -13,7 +13,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.errors import ConfigError, ShapeError, SiteError
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
@@ -32,6 +32,9 @@ class Terms:
             sites whose prior and posterior both factorise over dimensions. That of `IWAE` and
             `MIWAE` carries no gradient.
         estimators: which KL estimator each latent site really used.
+        means: E_q[z|x] of each reparametrised latent site whose distribution states it, a row a
+            datum, `(N, dimensions)`; without gradient. (Not of a compiled objective, nor beside
+            sites that are summed over.)
     """
 
     loss: Tensor
@@ -39,6 +42,20 @@ class Terms:
     kl: Tensor
     kl_per_dimension: Mapping[str, Tensor] = field(default_factory=dict)
     estimators: Mapping[str, Estimator] = field(default_factory=dict)
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def active_units(self, threshold: float = 0.01) -> dict[str, Tensor]:
+        """Which dimensions of each site in `means` vary over the data of this call by more than
+        the threshold (Burda et al. 2015, app. C): booleans, `(dimensions,)`. A batch tells roughly;
+        `pv.active_units` looks at a whole data set.
+
+        Raises:
+            ShapeError: a site has fewer than two data.
+        """
+        for name, mean in self.means.items():
+            if len(mean) < 2:
+                raise ShapeError(f'a variance over the data needs two; site "{name}" has one')
+        return {name: mean.var(0) > threshold for name, mean in self.means.items()}
 
 
 class Objective(pyro.infer.ELBO):
@@ -97,6 +114,24 @@ class Objective(pyro.infer.ELBO):
 
     def _get_trace(self, *_: Any) -> Any:
         raise TypeError("this objective runs programs itself; call terms() or loss()")
+
+
+def posterior_means(run: Run, num_particles: int) -> dict[str, Tensor]:
+    """`Terms.means`, averaged over the particles."""
+    means: dict[str, Tensor] = {}
+    if run.enumerated:
+        return means
+    for name, _ in run.latent:
+        fn = run.guide[name]["fn"]
+        if not fn.has_rsample:
+            continue
+        try:
+            mean = fn.mean.detach()
+        except NotImplementedError:  # a flow
+            continue
+        mean = mean if num_particles == 1 else mean.mean(0)
+        means[name] = mean.reshape(-1, fn.event_shape.numel())
+    return means
 
 
 def check_number(name: str, value: int) -> None:

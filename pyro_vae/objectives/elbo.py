@@ -18,6 +18,7 @@ from pyro_vae.objectives.base import (
     Terms,
     check_reparametrized,
     frozen_sites,
+    posterior_means,
 )
 from pyro_vae.objectives.dimensions import dimension_first, factors, monte_carlo_kl
 from pyro_vae.objectives.expectation import Expectation
@@ -114,6 +115,7 @@ class ELBO(Objective):
             kl=kl,
             kl_per_dimension={n: site.values for n, site in sites.items() if site.by_dimension},
             estimators={name: site.estimator for name, site in sites.items()},
+            means=posterior_means(run, self.num_particles),
         )
 
     _enumerates = True

@@ -17,6 +17,7 @@ from pyro_vae.objectives.base import (
     check_number,
     check_reparametrized,
     frozen_sites,
+    posterior_means,
 )
 from pyro_vae.objectives.dimensions import factors, monte_carlo_kl
 from pyro_vae.objectives.expectation import Expectation
@@ -91,6 +92,7 @@ class MIWAE(Objective):
             kl,
             kl_per_dimension=self._kl_per_dimension(run),
             estimators={name: "monte_carlo" for name, _ in run.latent},
+            means=posterior_means(run, self.num_particles),
         )
 
     @torch.no_grad()
