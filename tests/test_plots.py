@@ -626,3 +626,19 @@ def test_contexts_reach_encoder_decoder_and_prior():
     with pytest.raises(ShapeError, match="6 data need as many contexts"):
         plots.latent_map(vae, x, context=context[:2])
     assert np.isfinite(cells(plots.samples(vae, SHAPE, 6, context=context).axes[0], 3)).all()
+
+
+def test_maps_side_by_side_are_those_of_each():
+    vaes = {"one": make_vae(), "two": make_vae(latent=3)}
+    x, labels = binary(8), torch.arange(8) % 2
+    figure = plots.latent_maps(vaes, x, labels)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
+    for axes, vae in zip(figure.axes, vaes.values(), strict=True):
+        alone = plots.latent_map(vae, x, labels).axes[0]
+        for a, b in zip(axes.collections[:2], alone.collections[:2], strict=True):
+            np.testing.assert_array_equal(a.get_offsets(), b.get_offsets())
+    assert [axes.get_legend() is None for axes in figure.axes] == [True, False]
+    with pytest.raises(ConfigError, match="no VAE"):
+        plots.latent_maps({}, x)
+    with pytest.raises(ConfigError, match="one dimension"):
+        plots.latent_maps({"flat": make_vae(latent=1)}, x)

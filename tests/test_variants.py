@@ -414,9 +414,10 @@ def small(name: str) -> pv.vae.Generative:
     if name == "stacked":
         return StackedVAE(pv.VAE(StandardNormal(3), Bernoulli(MLP(3, [6], 8)), q(8, 3)), semi(3))
     if name == "gmvae":
-        return GaussianMixtureVAE(
-            p, q(8 + CLASSES, 2), Classifier(MLP(8, [6], CLASSES)), CLASSES, 2
-        )
+        classifier = Classifier(MLP(8, [6], CLASSES))
+        return GaussianMixtureVAE(p, q(8 + CLASSES, 2), CLASSES, 2, classifier)
+    if name == "gmvae without classifier":
+        return GaussianMixtureVAE(p, q(8, 2), CLASSES, 2)
     return HierarchicalVAE(StandardNormal(3), [q(3, 2)], p, [q(8, 2), q(2, 3)])
 
 

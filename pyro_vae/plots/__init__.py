@@ -14,7 +14,7 @@ from pyro_vae.plots.evidence import (
     worst_explained,
 )
 from pyro_vae.plots.experiments import densities, imputations, posteriors, series
-from pyro_vae.plots.latent import latent_map
+from pyro_vae.plots.latent import latent_map, latent_maps
 from pyro_vae.plots.pictures import manifold, reconstructions, samples
 from pyro_vae.plots.tiles import tile
 
@@ -28,6 +28,7 @@ __all__ = [
     "imputations",
     "khat",
     "latent_map",
+    "latent_maps",
     "log_px_histogram",
     "manifold",
     "posteriors",

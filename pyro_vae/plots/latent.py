@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,22 +66,63 @@ def latent_map(
         means = posterior_means(vae, data, given)
         if means.shape[1] == 1:
             return _histograms(prior, means, classes)
-        directions, explained = _plane(means)
-        points = (means @ directions).double().cpu().numpy()
         figure = style.figure(5.4, 5.0)
-        axes = figure.subplots()
-        _scatter(axes, points, classes)
-        _contours(axes, prior, directions)
-    names = ("$z_1$", "$z_2$")
-    if explained is not None:
-        names = tuple(  # type: ignore[assignment]
-            f"Principal component {i + 1} of {means.shape[1]} latent dimensions\n"
-            f"({share:.0%} of the means' variance)" for i, share in enumerate(explained)
-        )  # fmt: skip
+        names = _map(figure.subplots(), prior, means, classes)
     title = r"Means of $q(z\,|\,x)$, and where the prior has 50, 90 and 99% of its mass"
-    style.dress(axes, title, *names)
-    axes.set_aspect("equal")
+    style.dress(figure.axes[0], title, *names)
     return figure
+
+
+def latent_maps(
+    vaes: Mapping[str, Any],
+    x: ArrayLike | Tensor,
+    labels: ArrayLike | Tensor | None = None,
+    seed: int = 0,
+) -> Figure:
+    """The latent maps of several VAEs of the same data, side by side, titled by their names.
+
+    Each has a scale of its own, which the prior's contours show: their radii are the same.
+
+    Args:
+        vaes: by name; latent spaces of at least two dimensions.
+        x, labels, seed: see `latent_map`.
+
+    Raises:
+        ConfigError: there is no VAE, or one has a single latent dimension or needs a context.
+        DataError, ShapeError: see `latent_map`.
+    """
+    if not vaes:
+        raise ConfigError("there is no VAE to map")
+    figure = style.figure(3.0 * len(vaes) + 0.6, 3.2)
+    axes = figure.subplots(1, len(vaes), squeeze=False)[0]
+    for i, (panel, (name, vae)) in enumerate(zip(axes, vaes.items(), strict=True)):
+        data = as_input(vae, x)
+        classes = None if labels is None else _as_labels(labels, len(data))
+        with looking(vae, seed):
+            means = posterior_means(vae, data, as_context(vae, data, None))
+            if means.shape[1] < 2:
+                raise ConfigError(f'"{name}" has a latent space of one dimension: see latent_map')
+            names = _map(panel, _prior(vae, None), means, classes, legend=i == len(vaes) - 1)
+        style.dress(panel, name, *names)
+    return figure
+
+
+def _map(
+    axes: Axes, prior: Distribution, means: Tensor, classes: NDArray[Any] | None,
+    legend: bool = True,
+) -> tuple[str, str]:  # fmt: skip
+    """Draw one map; returns the names of its coordinates."""
+    directions, explained = _plane(means)
+    _scatter(axes, (means @ directions).double().cpu().numpy(), classes, legend)
+    _contours(axes, prior, directions)
+    axes.set_aspect("equal")
+    if explained is None:
+        return "$z_1$", "$z_2$"
+    first, second = (
+        f"Principal component {i + 1} of {means.shape[1]} latent dimensions\n"
+        f"({share:.0%} of the means' variance)" for i, share in enumerate(explained)
+    )  # fmt: skip
+    return first, second
 
 
 def _prior(vae: Any, context: Tensor | None) -> Distribution:
@@ -122,7 +164,7 @@ def _plane(means: Tensor) -> tuple[Tensor, list[float] | None]:
     return (signs * top).T, shares.tolist()
 
 
-def _scatter(axes: Axes, points: NDArray[Any], classes: NDArray[Any] | None) -> None:
+def _scatter(axes: Axes, points: NDArray[Any], classes: NDArray[Any] | None, legend: bool) -> None:
     look: dict[str, Any] = {
         "s": float(np.clip(12_000 / len(points), 2, 16)), "linewidths": 0, "alpha": 0.75,
         "rasterized": True, "zorder": 2,
@@ -145,6 +187,8 @@ def _scatter(axes: Axes, points: NDArray[Any], classes: NDArray[Any] | None) -> 
             fontweight="bold", color=style.INK, zorder=4,
             path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
+    if not legend:
+        return
     axes.legend(
         loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
         fontsize=style.LABEL, title="class",
