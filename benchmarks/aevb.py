@@ -5,11 +5,11 @@
 MNIST, binarised; one tanh layer each side, weights of standard deviation 0.01 (with 0.1, the other
 reading of the paper's N(0, 0.01), wake-sleep's encoder never finds the data), batches of 100, one
 draw of z, Adagrad. Figure 2: the test lower bound of AEVB and wake-sleep by samples seen, 500
-hidden units and 3 latents, 10,000 training digits. Figure 3: log p(x) of training and test data, 100 hidden units and 3 latents, 1000
-training data, by AEVB, wake-sleep and Monte Carlo EM (10 leapfrog steps, 5 updates a visit), each
-trained anew for every budget. log p(x) is importance sampled; for Monte Carlo EM from an encoder
-fitted to the finished decoder. The paper goes on to 10^7 or 10^8 samples; its numbers stand beside,
-for scale.
+hidden units and 3 latents, 10,000 training digits. Figure 3: log p(x) of training and test data,
+100 hidden units and 3 latents, 1000 training data, by AEVB, wake-sleep and Monte Carlo EM (10
+leapfrog steps, 5 updates a visit), each trained anew for every budget. log p(x) is importance
+sampled; for Monte Carlo EM from an encoder fitted to the finished decoder. The paper goes on to
+10^7 or 10^8 samples; its numbers stand beside, for scale.
 """
 
 from __future__ import annotations
