@@ -182,6 +182,22 @@ def frey_faces(report: dict[str, Any]) -> str:
 kl_estimators_mnist = kl_estimators_digits
 
 
+def imputation(report: dict[str, Any]) -> str:
+    """`benchmarks.imputation`: a VAE trained on holes beside scikit-learn's imputers."""
+    found = report["results"]["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    rows = []
+    for name, missing in dict.fromkeys((row["table"], row["missing"]) for row in found):
+        by = {r["method"]: r for r in found if (r["table"], r["missing"]) == (name, missing)}
+        covered = by["VAE"].get("covered")
+        rows.append([
+            f"{name}, {missing}%",
+            *(f"{by[m]['rmse']:.3f}, {by[m]['wrong']:.1%}" for m in methods),
+            "–" if covered is None else f"{covered:.1%}",
+        ])  # fmt: skip
+    return table(["missing", *methods, "VAE, coverage"], rows)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyro_vae.gaps import Gaps, inference_gaps
     from pyro_vae.imputation import Imputations, impute
     from pyro_vae.mcmc import Chains, nuts
+    from pyro_vae.monte_carlo_em import mcem
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "likelihoods",
     "load_weights",
     "log_marginal",
+    "mcem",
     "networks",
     "nuts",
     "plots",
@@ -86,6 +88,7 @@ _HOMES = {
     "inference_gaps": "pyro_vae.gaps",
     "load_weights": "pyro_vae.training",
     "log_marginal": "pyro_vae.evidence",
+    "mcem": "pyro_vae.monte_carlo_em",
     "nuts": "pyro_vae.mcmc",
     "read_metrics": "pyro_vae.training",
     "sandwich": "pyro_vae.evidence",

@@ -221,10 +221,15 @@ def _guide_moments(target: Target) -> tuple[dict[str, Site], dict[str, Tensor]]:
 
 
 def _check_real(name: str, site: Site) -> None:
-    support = site["fn"].support
+    if not is_real(site["fn"].support):
+        raise SiteError(
+            f'latent site "{name}" takes values in {site["fn"].support}, and the best Normal is of '
+            "real ones"
+        )
+
+
+def is_real(support: constraints.Constraint) -> bool:
+    """Whether values are vectors of unconstrained numbers."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is not constraints.real:
-        raise SiteError(
-            f'latent site "{name}" takes values in {support}, and the best Normal is of real ones'
-        )
+    return support is constraints.real
