@@ -129,7 +129,8 @@ def is_flagged(summary: Summary, num_samples: int) -> Tensor:
     """Whether an estimate is to be read as a lower bound only, its error not to be trusted.
 
     True where k-hat exceeds its threshold or the effective sample size is below 100, or either is
-    unknown.
+    unknown. The variance of the weights is infinite from k = 1/2 on: between that and the
+    threshold of 0.7 the mean still converges well, but its standard error is on the low side.
     """
     reliable = (summary.khat <= khat_threshold(num_samples)) & (summary.ess >= MIN_ESS)
     return ~reliable
