@@ -350,7 +350,7 @@ def _check_batch_shape(name: str, site: Site, dims: int) -> None:
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two scales or masks (numbers, tensors or None) are the same."""
-    if a is None or b is None:
+    if a is b or a is None or b is None:
         return a is b
     same = getattr(a, "shape", ()) == getattr(b, "shape", ()) and a == b
     return bool(same.all() if isinstance(same, Tensor) else same)

@@ -189,8 +189,7 @@ def mixture() -> tuple[Any, ...]:
     made = pv.variants.GaussianMixtureVAE(
         pv.likelihoods.Bernoulli(decoder()),
         pv.posteriors.DiagonalNormal(pv.networks.MLP(FEATURES + clusters, [4], 2 * LATENT)),
-        pv.posteriors.Classifier(pv.networks.MLP(FEATURES, [4], clusters)),
-        clusters, LATENT,
+        clusters, LATENT, pv.posteriors.Classifier(pv.networks.MLP(FEATURES, [4], clusters)),
     )  # fmt: skip
     return made.model, made.guide, (binary(),)
 

@@ -79,7 +79,7 @@ def test_every_model_goes_through_every_command(model: str, tmp_path: Path) -> N
         assert samples["mean"].shape == samples["x"].shape == (12, 64)
     run("plot", folder)
     names = {path.stem for path in (folder / "figures").iterdir()}
-    expected = {"training_curves", "reconstructions", "samples"}
+    expected = {"training_curves", "reconstructions", "samples", "evidence"}
     if model == "hierarchical":
         assert names == expected
     else:

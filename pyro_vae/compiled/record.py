@@ -82,22 +82,29 @@ class Buffers:
 
     def __init__(self, territory: Territory) -> None:
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._owners: dict[int, tuple[nn.Module, str]] = {}
         for module in territory.modules:
             self.save(module)
 
     def save(self, module: nn.Module) -> None:
         """Remember this module's own buffers, unless they are known."""
-        for buffer in module.buffers(recurse=False):
+        for name, buffer in module.named_buffers(recurse=False):
             if id(buffer) not in self._saved:
                 self._saved[id(buffer)] = (buffer, buffer.detach().clone())
+                self._owners[id(buffer)] = (module, name)
 
     def changed(self) -> list[tuple[Tensor, Tensor]]:
-        """The buffers whose values differ from what was saved, with their values now."""
+        """The buffers whose values differ from what was saved, with their values now; without
+        those that a module held only for a while (`functional_call`)."""
         return [
             (buffer, buffer.detach().clone())
-            for buffer, saved in self._saved.values()
-            if not torch.equal(buffer, saved)
+            for key, (buffer, saved) in self._saved.items()
+            if self._is_held(key) and not torch.equal(buffer, saved)
         ]
+
+    def _is_held(self, key: int) -> bool:
+        module, name = self._owners[key]
+        return module._buffers.get(name) is self._saved[key][0]
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._saved
