@@ -11,16 +11,15 @@ from pyro_vae import (
     posteriors,
     priors,
     schedules,
-    variants,
 )
 from pyro_vae.data import Data, Split
-from pyro_vae.diagnostics import active_units, clustering_accuracy
 from pyro_vae.objectives import ELBO, IWAE, MIWAE, WakeSleep
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
-    from pyro_vae import compiled, datasets, plots, training
+    from pyro_vae import compiled, datasets, plots, training, variants
     from pyro_vae.compiled import CompiledSVI, compile
+    from pyro_vae.diagnostics import active_units, clustering_accuracy
     from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
     from pyro_vae.gaps import Gaps, inference_gaps
     from pyro_vae.imputation import Imputations, impute
@@ -75,6 +74,8 @@ __all__ = [
 # loaded at first use, so that `import pyro_vae` costs little more than `import pyro`
 _HOMES = {
     "CompiledSVI": "pyro_vae.compiled",
+    "active_units": "pyro_vae.diagnostics",
+    "clustering_accuracy": "pyro_vae.diagnostics",
     "compile": "pyro_vae.compiled",
     "Evidence": "pyro_vae.evidence",
     "compare": "pyro_vae.evidence",
@@ -95,7 +96,7 @@ _HOMES = {
     "save_weights": "pyro_vae.training",
     "track_log_px": "pyro_vae.training",
 }
-_MODULES = ("compiled", "datasets", "plots", "training")
+_MODULES = ("compiled", "datasets", "plots", "training", "variants")
 
 
 def __getattr__(name: str) -> Any:
