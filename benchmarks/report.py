@@ -42,6 +42,11 @@ def write(name: str, command: str, results: Any, figure: Figure | None = None) -
     return path
 
 
+def read(name: str) -> dict[str, Any]:
+    """What `write` wrote under that name."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
