@@ -29,7 +29,7 @@ CLUSTERS, LATENT = 10, 10
 # hidden layers, scale of the Normal likelihood, epochs as a plain VAE and as a mixture, seeds
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"hidden": [128], "scale": 0.2, "epochs": (60, 40), "batch": 64, "seeds": 3},
-    "mnist": {"hidden": [300, 300], "scale": 0.25, "epochs": (15, 15), "batch": 200, "seeds": 1},
+    "mnist": {"hidden": [300], "scale": 0.25, "epochs": (8, 8), "batch": 200, "seeds": 1},
 }
 
 

@@ -86,24 +86,30 @@ class GaussianMixtureVAE(SemiSupervisedVAE):
 
     @torch.no_grad()
     def place(self, x: Tensor, seed: int = 0) -> None:
-        """Put the components where the posterior of these data has them, by expectation
-        maximisation (scikit-learn's, the best of ten starts) on the means of q(z|x).
+        """Put the components where q(z|x) has these data, by expectation maximisation
+        (scikit-learn's, the best of ten starts).
+
+        The mixture is fitted to the means of q(z|x), each blurred by the mean variance of q, so
+        that a dimension which the VAE has switched off, where means hardly vary and q is as wide
+        as the prior, tells no clusters apart.
 
         Args:
-            x: data `(N, features)`, as the model sees them.
+            x: data `(N, features)`, as the model sees them; a few thousand do.
             seed: of the starts.
         """
         from sklearn.mixture import GaussianMixture
 
         q = self.plain().encode(x)
-        number = len(self.model.one_hot)
-        fitted = GaussianMixture(number, covariance_type="diag", n_init=10, random_state=seed)
-        fitted.fit(q.mean.double().cpu().numpy())
+        unit = q.variance.mean(0).sqrt()  # q's variance is 1 in this unit: what reg_covar adds
+        fitted = GaussianMixture(
+            len(self.model.one_hot), covariance_type="diag", n_init=10, reg_covar=1.0,
+            random_state=seed,
+        )  # fmt: skip
+        fitted.fit((q.mean / unit).double().cpu().numpy())
         means, variances = (torch.as_tensor(a).to(x) for a in (fitted.means_, fitted.covariances_))
-        # data lie around their means as q says
-        log_variances = (variances + q.variance.mean(0)).log()
+        log_variances = (variances * unit**2).log()
         layer = self.model.prior.network.layers[-1]
-        layer.weight.copy_(torch.cat([means, log_variances], 1).T)
+        layer.weight.copy_(torch.cat([means * unit, log_variances], 1).T)
         layer.bias.zero_()
 
 
