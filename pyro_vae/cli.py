@@ -384,6 +384,11 @@ def impute(run: Path, data: Path, out: Path | None, overwrite: bool, **options: 
     with new_output(out, overwrite) as file:
         x, mask = read_holes(data)
         vae, trained_on, _ = load_run(run)
+        if trained_on.train.context is not None:
+            raise ConfigError(
+                f"the model of {run} is given a context with each datum, and a file of holes has "
+                "none: use pyro_vae.impute(model, guide, x, context)"
+            )
         if x[0].numel() != trained_on.features:
             raise ShapeError(
                 f"{data} has {x[0].numel()} values a row, the model of {run} {trained_on.features}"

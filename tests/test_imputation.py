@@ -228,6 +228,12 @@ def test_an_empty_datum_is_an_error_or_a_draw_from_the_model():
     assert z_scores(draws, p.b).abs().max() < 3.5
     variance = (p.W @ p.W.T + p.sigma**2 * torch.eye(4)).diagonal()
     assert z_scores((draws - p.b) ** 2, variance).abs().max() < 3.5
+    assert not found.flagged[1:].any()
+    assert (found.acceptance[1:] == 1).all()
+    few = pv.impute(
+        p.model, p.guide, x, num_imputations=1, method="importance", num_samples=3, allow_empty=True
+    )
+    assert few.flagged.tolist() == [True] + [False] * 3000
 
 
 def test_too_few_effective_draws_and_stuck_chains_are_flagged():
@@ -346,6 +352,13 @@ def test_the_command_takes_a_mask_and_images(trained, tmp_path):
     first, second = (np.load(out)["values"] for out in outs)
     np.testing.assert_array_equal(first, second)
     assert "low" not in np.load(outs[0])
+
+
+def test_the_command_refuses_a_model_with_a_context(tmp_path):
+    run("train", "--out", tmp_path / "c", "--model", "cvae", "--binarize", "threshold", *FAST)
+    file, _ = holed_digits(tmp_path)
+    said = run("impute", tmp_path / "c", "--data", file, code=1)
+    assert "is given a context" in said.stderr
 
 
 def test_the_command_says_what_it_cannot_fill(trained, tmp_path):

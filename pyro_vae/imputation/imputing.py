@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -117,13 +118,14 @@ def _impute(
         acceptance = accepted.double().unflatten(0, chosen.shape).mean(0) / num_sweeps
         state = replace(state, x=state.x.unflatten(0, chosen.shape),
                         mean=state.mean.unflatten(0, chosen.shape))  # fmt: skip
+    values, mean, ess = state.x, state.mean, 1 / weights.square().sum(0)
     empty = ~holes.observed.flatten(1).any(1)
-    values, mean = state.x, state.mean
-    if empty.any():
+    if empty.any():  # of which the model itself is the posterior
         drawn = holes.draw_from_model(num_imputations)
         values[:, empty], mean[:, empty] = drawn.x[:, empty], drawn.mean[:, empty]
+        ess[empty], acceptance[empty] = math.inf, acceptance[empty].clamp(min=1.0)
     mean = torch.where(holes.observed, holes.x, mean.mean(0))
-    return values, mean, 1 / weights.square().sum(0), acceptance
+    return values, mean, ess, acceptance
 
 
 def _normalized(log_w: Tensor, holes: Holes) -> Tensor:

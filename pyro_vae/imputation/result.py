@@ -23,9 +23,10 @@ class Imputations:
             where categories are coded (see `mode`).
         method: what drew them.
         ess: `(N,)`: effective number of the `num_samples` importance draws, of which the
-            imputations are made or at which the chains start.
-        acceptance: `(N,)`: share of the proposals that were accepted; 1 for "gibbs", NaN for
-            "importance".
+            imputations are made or at which the chains start; infinite where nothing is observed
+            and the draws are the model's own.
+        acceptance: `(N,)`: share of the proposals that were accepted; 1 for "gibbs" and where
+            nothing is observed, NaN for "importance".
         flagged: `(N,)`. "importance": fewer effective draws than 100 or than imputations, so that
             the intervals are too narrow: raise `num_samples`, or use "metropolis" where the guide
             was not trained on holes. "metropolis": less than one proposal in fifty was accepted:
