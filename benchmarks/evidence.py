@@ -7,8 +7,8 @@ cuda) the GPU. The ways to log p(x) take turns within one process. Reported are 
 (datum, draw) pair, medians over rounds, each also as a multiple of the decoder's bare matrix
 products (by PyTorch's own product) in the same round; and, since fast is worth nothing without
 right, the mean squared error against a long annealing run times the seconds a datum took. On one
-thread of a CPU the clock is that of the process, which others do not disturb much. pythae takes part
-where it is installed. Memory: see `benchmarks.evidence_whole`.
+thread of a CPU the clock is that of the process, which others do not disturb much. pythae takes
+part where it is installed. Memory: see `benchmarks.evidence_whole`.
 """
 
 from __future__ import annotations

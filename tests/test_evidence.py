@@ -471,7 +471,7 @@ def test_programs_that_do_not_run_say_on_what() -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z.reshape(len(x), 2), 1.0).to_event(1), obs=x[:, :2])
 
-    with pytest.raises(DataError, match="the model does not run .* for 2 draws at once"):
+    with pytest.raises(DataError, match=r"the model does not run .* for 2 draws at once"):
         pv.log_marginal(one_draw_only, vae.guide, x)
 
 
