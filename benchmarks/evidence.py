@@ -7,19 +7,15 @@ cuda) the GPU. The ways to log p(x) take turns within one process. Reported are 
 (datum, draw) pair, medians over rounds, each also as a multiple of the decoder's bare matrix
 products (by PyTorch's own product) in the same round; and, since fast is worth nothing without
 right, the mean squared error against a long annealing run times the seconds a datum took. On one
-thread of a CPU the clock is that of the process, which others do not disturb much. The last
-rows are the peak memory of whole evaluations, each in a process of its own. pythae takes part where
-it is installed.
+thread of a CPU the clock is that of the process, which others do not disturb much. pythae takes
+part where it is installed. Memory: see `benchmarks.evidence_whole`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -216,23 +212,6 @@ def annealed(vae: pv.VAE, x: Tensor, truth: pv.Evidence, num_samples: int) -> di
     return error([log_px], truth, (now() - started) / len(x))
 
 
-def memory(num_data: int, num_samples: int) -> float:
-    """Peak memory in MB of a process that evaluates so many data with so many draws."""
-    code = (
-        f"from benchmarks.evidence import evaluate_alone; evaluate_alone({num_data}, {num_samples})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return float(done.stdout)
-
-
-def evaluate_alone(num_data: int, num_samples: int) -> None:
-    """Evaluate random data in this process and print its peak memory, MB."""
-    x = (torch.rand(num_data, 784) < 0.3).float()
-    vae = make_vae(pv.Data(pv.Split(x), None, pv.Split(x)))
-    ours(vae, x, num_samples)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
 def main(device: str, epochs: int, num_data: int, num_samples: int, rounds: int) -> None:
     """Race, weigh, print, write."""
     vae, x = make_trained(device, epochs, num_data)
@@ -253,12 +232,6 @@ def main(device: str, epochs: int, num_data: int, num_samples: int, rounds: int)
             f"{name:<28}{row['microseconds']:>9.2f} µs a pair{row['times_the_limit']:>8.2f}x{worth}"
         )
     print(f"{'log_marginal, auto':<28}{results['auto']['nats2_seconds']:>41.4f} nats² s")
-    sizes = [(20, 500), (20, 5000), (200, 500), (1000, 100)] if device == "cpu" else []
-    results["peak_memory_mb"] = [
-        {"num_data": n, "num_samples": k, "megabytes": memory(n, k)} for n, k in sizes
-    ]
-    for row in results["peak_memory_mb"]:
-        print(f"{row['num_data']:>6} x {row['num_samples']:<6}{row['megabytes']:>8.0f} MB at most")
     name = "evidence" if device == "cpu" else "evidence_cuda"
     report.write(name, COMMAND, results, draw(results["speed"]))
 

@@ -122,12 +122,56 @@ def fit_overhead(report: dict[str, Any]) -> str:
 
 
 def evidence(report: dict[str, Any]) -> str:
-    """`benchmarks.evidence`: microseconds a (datum, draw) pair."""
+    """`benchmarks.evidence`: microseconds a (datum, draw) pair, and the error they are worth."""
+    found = report["results"]
     rows = [
-        [name, f"{row['microseconds']:.1f}", f"{row['times_the_limit']:.2f}"]
-        for name, row in report["results"]["speed"].items()
+        [
+            name,
+            f"{row['microseconds']:.1f}",
+            f"{row['times_the_limit']:.2f}",
+            f"{row['nats2_seconds']:.4f}" if "nats2_seconds" in row else "–",
+        ]
+        for name, row in found["speed"].items()
     ]
-    return table(["log p(x)", "µs a (datum, draw)", "over the decoder's products"], rows)
+    auto = found["auto"]
+    rows.append(['the same, `method="auto"`', "–", "–", f"{auto['nats2_seconds']:.4f}"])
+    head = ["log p(x)", "µs a (datum, draw)", "over the decoder's products", "nats² × s a datum"]
+    return table(head, rows)
+
+
+def evidence_auto(report: dict[str, Any]) -> str:
+    """`benchmarks.evidence_auto`: escalation beside plain importance sampling at equal time."""
+    rows = [
+        [
+            row["model"],
+            row["condition"],
+            f"{row['auto']:.2f}",
+            f"{row['plain']:.2f}",
+            f"{row['gain']:.1f}x ({row['least_gain']:.1f}x)",
+        ]
+        for row in report["results"]["summary"]
+    ]
+    head = [
+        "model",
+        "evaluated",
+        "auto, rms nats",
+        "plain, rms nats",
+        "gain, median (least) of seeds",
+    ]
+    return table(head, rows)
+
+
+def evidence_whole(report: dict[str, Any]) -> str:
+    """`benchmarks.evidence_whole`: whole evaluations, time and memory."""
+    rows = [
+        [
+            f"{row['num_data']:,} x {row['num_samples']:,}",
+            f"{row['processor_seconds']:.0f} s",
+            f"{row['peak_megabytes']:.0f} MB",
+        ]
+        for row in report["results"]["rows"]
+    ]
+    return table(["data x draws", "processor time, all", "most memory, all"], rows)
 
 
 def train_step(report: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ import torch
 
 from pyro_vae.errors import ConfigError
 
+LIMIT = 2**64  # of torch's generators
+
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
@@ -19,7 +21,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     With None the body draws from the generators as they are, and advances them.
 
     Raises:
-        ConfigError: the seed is negative, or no whole number.
+        ConfigError: the seed is no whole number from 0 to 2^64 - 1.
     """
     if seed is None:
         yield
@@ -42,6 +44,6 @@ def derive(seed: int, *keys: int) -> int:
 
 
 def _check(seed: int) -> int:
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ConfigError(f"a seed is a whole number of at least 0, got {seed!r}")
+    if not isinstance(seed, Integral) or not 0 <= seed < LIMIT:
+        raise ConfigError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed!r}")
     return int(seed)

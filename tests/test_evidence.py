@@ -423,6 +423,58 @@ def test_data_and_options_that_mean_nothing(pair: Linear) -> None:
         pv.log_marginal(broken.model, pair.guide, x, num_samples=5, progress=False)
 
 
+BAD_OPTIONS = [
+    {"num_samples": 1.5}, {"num_samples": "5"}, {"seed": -1}, {"seed": 2**64}, {"seed": 0.5},
+    {"defensive": "a"}, {"defensive": math.nan}, {"chunk_bytes": 0}, {"start": "middle"},
+    {"annealing": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", BAD_OPTIONS, ids=str)
+def test_options_that_mean_nothing_are_named(pair: Linear, option: dict[str, object]) -> None:
+    ((name, _),) = option.items()
+    with pytest.raises(ConfigError, match=name):
+        pv.log_marginal(pair.model, pair.guide, pair.draw(3), **option)
+
+
+def test_data_that_are_no_data_are_named(pair: Linear) -> None:
+    x = pair.draw(4)
+    split = pv.Split(x)
+    with pytest.raises(DataError, match=r"x is a Data of several splits"):
+        pv.log_marginal(pair.model, pair.guide, pv.Data(split, None, split))
+    for nothing in (None, ["a", "b"], [[1.0, 2.0], [3.0]], torch.utils.data.DataLoader(x)):
+        with pytest.raises(DataError, match="x must be an array of numbers"):
+            pv.log_marginal(pair.model, pair.guide, nothing)
+    with pytest.raises(ConfigError, match="the guide must be a Pyro program"):
+        pv.log_marginal(pair.model, None, x)
+
+
+def test_programs_that_do_not_run_say_on_what() -> None:
+    """The program, its arguments and the reason, without Pyro's table of shapes."""
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Bernoulli(pv.networks.MLP(2, [8], 6)),
+        posterior=pv.posteriors.DiagonalNormal(pv.networks.MLP(6, [8], 4)),
+    )
+    x = torch.ones(5, 6)
+    for wrong, error, match in (
+        (x[:, :4], ShapeError, r"guide .* \(3, 4\) float64: MLP takes vectors of 6 values"),
+        (x.long(), DataError, r"guide .* \(3, 6\) int64: .*dtype"),
+        (x[None], DataError, r"guide .* \(1, 5, 6\) float64: Shape mismatch inside plate"),
+    ):
+        with pytest.raises(error, match=match) as raised:
+            pv.log_marginal(vae.model, vae.guide, wrong)
+        assert len(str(raised.value).splitlines()) == 1
+
+    def one_draw_only(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.reshape(len(x), 2), 1.0).to_event(1), obs=x[:, :2])
+
+    with pytest.raises(DataError, match=r"the model does not run .* for 2 draws at once"):
+        pv.log_marginal(one_draw_only, vae.guide, x)
+
+
 def test_data_that_the_model_cannot_make_have_minus_infinity() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

@@ -62,8 +62,8 @@ def log_marginal(
         args: further arguments of the programs; tensors of length N are taken by row.
         num_samples: K, exactly.
         method: "is", importance sampling. "ais", annealed importance sampling (Neal 2001) by
-            Hamiltonian Monte Carlo in the guide's coordinates: `annealing.chains` log weights,
-            whose log mean is a lower bound in expectation too. "grid", the trapezoid rule over one
+            Hamiltonian Monte Carlo: `annealing.chains` log weights, whose log mean is a lower bound
+            in expectation too. "grid", the trapezoid rule over one
             or two latent dimensions, doubled until no log p(x) moves by 1e-3 nats; `se` then holds
             the last change. "enumerate", the exact sum where every latent site is discrete.
             "auto", importance sampling for every datum that a pilot finds sound, with half the
@@ -75,9 +75,10 @@ def log_marginal(
         defensive: share of the draws that are made with the guide's noise inflated 1.5 times
             (Hesterberg 1995), where the guide's distributions allow it; 0 for none.
         annealing: chains, temperatures and steps of annealing.
-        start: where annealing starts, "guide" or "prior". From the prior it takes more
-            temperatures, and finds modes that the guide misses altogether and that no diagnostic of
-            the guide's weights shows.
+        start: where annealing starts: "guide", a map of normal noise, in whose coordinates the
+            chains then move, or "prior", any that can be drawn from and has a density, continuous
+            sites without or with fixed bounds. From the prior it takes more temperatures, and finds
+            modes that the guide misses altogether and that no diagnostic of its weights shows.
         chunk_bytes: about how much memory intermediate results may take; it is halved whenever
             memory runs out.
         tf32: let a GPU round the factors of matrix products to TF32. Then sixteen of the data are
