@@ -142,9 +142,9 @@ def main() -> None:
     """Train each method with each number of labels, print and write the errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--epochs-m1", type=int, default=15)
-    parser.add_argument("--epochs-m2", type=int, default=8)
-    parser.add_argument("--epochs-m1m2", type=int, default=30)
+    parser.add_argument("--epochs-m1", type=int, default=8)
+    parser.add_argument("--epochs-m2", type=int, default=4)
+    parser.add_argument("--epochs-m1m2", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
