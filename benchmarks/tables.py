@@ -242,6 +242,26 @@ def imputation(report: dict[str, Any]) -> str:
     return table(["missing", *methods, "VAE, coverage"], rows)
 
 
+def aevb(report: dict[str, Any]) -> str:
+    """`benchmarks.aevb`: three ways to train, figure 3 of Kingma & Welling 2013."""
+    found = report["results"]
+    rows = []
+    for row in found["figure_3"]:
+        if row["samples"] == max(found["budgets"]):
+            paper = found["paper"]["figure 3"][row["method"]]
+            rows.append([
+                row["method"],
+                *(f"{row[p]:.1f} ± {row[f'{p}_se']:.1f}" for p in ("train", "test")),
+                f"{row['seconds']:.0f} s",
+                f"{paper[0]:.1f} / {paper[1]:.1f}",
+            ])  # fmt: skip
+    head = [
+        f"{max(found['budgets']):,} samples", "log p(x), train", "test", "CPU",
+        "paper, 60M samples: train / test",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
