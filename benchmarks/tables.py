@@ -112,6 +112,35 @@ def counts(report: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def clustering(report: dict[str, Any]) -> str:
+    """`benchmarks.clustering`: the Gaussian-mixture VAE."""
+    rows = [
+        [
+            row["data"],
+            str(row["seed"]),
+            f"{row['placed']:.3f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['smallest']:.2f} to {row['largest']:.2f}",
+        ]
+        for row in report["results"]["rows"]
+    ]
+    return table(["data", "seed", "placed", "trained", "shares of the clusters"], rows)
+
+
+def semi_supervised(report: dict[str, Any]) -> str:
+    """`benchmarks.semi_supervised`: errors beside the published ones."""
+    rows = [
+        [
+            str(row["labels"]),
+            row["method"],
+            f"{row['error']:.1f} %",
+            "–" if row["published"] is None else f"{row['published']} ± {row['published_sd']} %",
+        ]
+        for row in report["results"]["rows"]
+    ]
+    return table(["labels", "method", "test error", "Kingma et al. 2014"], rows)
+
+
 def fit_overhead(report: dict[str, Any]) -> str:
     """`benchmarks.fit_overhead`: the time of `fit` over that of a bare loop."""
     rows = [

@@ -5,7 +5,8 @@ conditional VAE needs nothing new: it is a `VAE` whose parts take a context.
 """
 
 from pyro_vae.variants.hierarchical import HierarchicalVAE
-from pyro_vae.variants.mixture import GaussianMixtureVAE, Unconditional
+from pyro_vae.variants.mixture import GaussianMixtureVAE
+from pyro_vae.variants.parts import Unconditional
 from pyro_vae.variants.semi_supervised import SemiSupervisedVAE
 from pyro_vae.variants.stacked import StackedVAE, encoded
 

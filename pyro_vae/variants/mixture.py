@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from pyro_vae.errors import AnalyticKLError
-from pyro_vae.likelihoods import check_finite
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 from pyro_vae.typing import Conditional, Distribution
 from pyro_vae.vae import VAE
+from pyro_vae.variants.parts import Responsibilities, Unconditional
 from pyro_vae.variants.semi_supervised import SemiSupervisedVAE
 
 
@@ -111,55 +109,3 @@ class GaussianMixtureVAE(SemiSupervisedVAE):
         layer = self.model.prior.network.layers[-1]
         layer.weight.copy_(torch.cat([means * unit, log_variances], 1).T)
         layer.bias.zero_()
-
-
-class Responsibilities(nn.Module):
-    """q(y|x) = softmax_y(-KL(q(z|x) || p(z|y))), the maximum of the bound over all q(y|x) where
-    p(y) is uniform and neither q(z|x) nor p(x|z) sees y.
-
-    Args:
-        prior: maps the cluster, one-hot, to p(z|y).
-        posterior: maps x to q(z|x).
-        num_classes: clusters.
-    """
-
-    one_hot: Tensor
-
-    def __init__(self, prior: nn.Module, posterior: nn.Module, num_classes: int) -> None:
-        super().__init__()
-        self.prior, self.posterior = prior, posterior
-        self.register_buffer("one_hot", torch.eye(num_classes), persistent=False)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
-        """q(y|x).
-
-        Raises:
-            AnalyticKLError: there is no analytic KL.
-        """
-        q, p = self.posterior(x.unsqueeze(-2)), self.prior(self.one_hot)
-        try:
-            return dist.Categorical(logits=-kl_divergence(q, p))
-        except NotImplementedError as error:
-            raise AnalyticKLError(
-                f"the best q(y|x) follows from an analytic KL, and {type(q).__name__} has none to "
-                "a Normal: take another posterior, or give a classifier"
-            ) from error
-
-
-class Unconditional(nn.Module):
-    """A part that is not told its context, and is otherwise the part that it holds."""
-
-    def __init__(self, part: Conditional) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, value: Tensor, context: Tensor | None = None) -> Distribution:
-        return self.part(value)
-
-    def check(self, x: Tensor) -> None:
-        """See `Likelihood.check`."""
-        getattr(self.part, "check", check_finite)(x)
-
-    def initialize(self, train_mean: Tensor) -> None:
-        """See `Likelihood.initialize`."""
-        getattr(self.part, "initialize", lambda _: None)(train_mean)

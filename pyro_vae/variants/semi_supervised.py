@@ -13,6 +13,7 @@ from pyro_vae.errors import ConfigError, DataError
 from pyro_vae.networks import check_sizes
 from pyro_vae.typing import Conditional, Distribution
 from pyro_vae.vae import Generative, ProgramModule
+from pyro_vae.variants.parts import known_or
 
 
 class SemiSupervisedVAE(Generative):
@@ -172,12 +173,3 @@ class ClassGuide(ProgramModule):
         q = known_or(self.classifier(x), labels)
         y = pyro.sample("y", q, infer={"enumerate": "parallel"})
         pyro.sample("z", self.posterior(x, self.one_hot[y]))
-
-
-def known_or(q: Distribution, labels: Tensor | None) -> Distribution:
-    """A Categorical that gives a known label all the probability, and is `q` elsewhere."""
-    if labels is None:
-        return q
-    classes = torch.arange(q.logits.shape[-1], device=labels.device)
-    excluded = (labels != UNKNOWN).unsqueeze(-1) & (classes != labels.unsqueeze(-1))
-    return dist.Categorical(logits=q.logits.masked_fill(excluded, float("-inf")))
