@@ -18,6 +18,7 @@ import argparse
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -128,7 +129,9 @@ def draw(curves: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     methods = (*OBJECTIVES, "MCEM")
     colours = dict(zip(methods, style.class_colours(len(methods)), strict=True))
     for method, curve in curves.items():
-        left.plot(curve["samples"], curve["bound"], color=colours[method], label=method)
+        left.plot(
+            np.array(curve["samples"]) / 1000, curve["bound"], color=colours[method], label=method
+        )
     for method in methods:
         mine = [row for row in rows if row["method"] == method]
         for name, line in (("train", "--"), ("test", "-")):
@@ -138,8 +141,11 @@ def draw(curves: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
                 marker="o", markersize=3, capsize=2, label=f"{method}, {name}",
             )  # fmt: skip
     right.set_xscale("log")
-    style.dress(left, "Figure 2: test bound, 3 latents", "samples seen", "ELBO, nats")
-    style.dress(right, "Figure 3: N = 1000", "samples seen", "log p(x), nats")
+    budgets = sorted({row["samples"] for row in rows})
+    right.set_xticks(budgets, [f"{budget // 1000}" for budget in budgets])
+    right.minorticks_off()
+    style.dress(left, "Figure 2: test bound, 3 latents", "samples seen, thousands", "ELBO, nats")
+    style.dress(right, "Figure 3: N = 1000", "samples seen, thousands", "log p(x), nats")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=style.TICK)
     return figure
