@@ -86,13 +86,12 @@ def mnist_parts(report: dict[str, Any]) -> str:
             f"{row['log_px']:.2f} ± {row['se_total']:.2f}",
             f"{row['gain']:+.2f} ± {row['gain_se']:.2f}",
             str(row["active_units"]),
-            f"{row['seconds']:.0f} s",
         ]
         for row in found["rows"]
     ]
     head = [
         f"{found['epochs']} epochs", f"L_{found['num_samples']}, {found['num_test']} images",
-        "gain, paired SE", "active units", "training",
+        "gain, paired SE", "active units",
     ]  # fmt: skip
     return table(head, rows)
 
