@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,37 @@ def test_an_absurd_learning_rate(tmp_path: Path) -> None:
     )
     assert re.search(r'site "[xz]"|gradient of "|update of step', message)
     assert step_of(message) <= 3
+
+
+@pytest.mark.parametrize("schedule", [None, pv.schedules.Warmup(20)])
+@pytest.mark.parametrize("batches", [100, 102])
+def test_a_loss_that_explodes_and_stays_finite_is_warned_of_once(
+    batches: int, schedule: Any
+) -> None:
+    """At the hundredth batch that is worse than the first, and not again."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pv.fit(
+            small_vae(), binary(48), epochs=batches, batch_size=48, learning_rate=10.0,
+            kl_schedule=schedule,
+        )  # fmt: skip
+    messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert len(messages) == (batches > 100)
+    for message in messages:
+        assert re.match(r"training diverges: 100 batches on end .* Try a lower learn", message)
+
+
+def test_training_that_gains_and_training_of_the_trained_are_not_warned_of() -> None:
+    """Warnings are errors here. The second run begins with a KL weight of 0 where there is nothing
+    left to gain, so that its first loss is its least."""
+    vae = normal_vae(scale=0.3)
+    options = {"batch_size": 48, "epochs": 150}
+    pv.fit(vae, intensities(48), learning_rate=0.02, **options)
+    schedule = pv.schedules.Warmup(5)
+    rows = pv.fit(
+        vae, intensities(48), learning_rate=1e-4, kl_schedule=schedule, **options
+    ).metrics  # fmt: skip
+    assert all(row["train_loss"] > rows[0]["train_loss"] for row in rows[-100:])
 
 
 def test_a_network_that_divides_by_zero_now_and_then(tmp_path: Path) -> None:

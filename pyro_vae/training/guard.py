@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,6 +22,9 @@ REMEDY = (
     "rate, gradient_clip, a larger min_scale of the likelihood, or a KL warm-up. The checkpoint in "
     "the run folder, if there is one, is from before and intact."
 )
+
+# batches on end: were they no better and no worse than the first, one run in so many would warn
+DIVERGED = 100
 
 TERMS = {"reconstruction": "reconstruction", "kl": "KL"}
 
@@ -117,6 +121,17 @@ class Guard:
         return NonFiniteError(
             f"the loss became NaN or infinite {where}: {self._blame(batch)}. "
             f'The largest parameter is {size:.3g}, in "{name}". {REMEDY}'
+        )
+
+    @staticmethod
+    def warn_of_divergence(first: float, loss: float) -> None:
+        """Say that training has been worse than none for `DIVERGED` batches on end."""
+        warnings.warn(
+            f"training diverges: {DIVERGED} batches on end had a larger loss than the first had "
+            f"before any update ({loss:.4g}, it was {first:.4g}). Try a lower learning rate, "
+            "gradient_clip, or data nearer to the scale that the model starts at",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -22,7 +22,7 @@ from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import checkpoint
 from pyro_vae.training.batches import Batch, Batches
 from pyro_vae.training.folder import CHECKPOINT
-from pyro_vae.training.guard import Guard, Interruption
+from pyro_vae.training.guard import DIVERGED, Guard, Interruption
 from pyro_vae.training.metrics import MetricsLog, Row, means
 from pyro_vae.training.progress import Progress
 from pyro_vae.training.state import State, random_state, set_random_state
@@ -170,8 +170,8 @@ class Loop:
             self._set_kl_factor(self.kl_schedule(state.step))
         loss = self._add_terms(batch, state.sums)
         look = self.on_cpu or state.position % STEPS_BETWEEN_LOOKS == 0
-        if look and not math.isfinite(loss.item()):
-            raise self.guard.bad_loss(batch, state.step, self._place())
+        if look:
+            self._judge(batch, loss.item())
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         if look or self.gradient_clip is not None:
@@ -179,6 +179,19 @@ class Loop:
         self.optimizer.step()
         state.step += 1
         state.position += 1
+
+    def _judge(self, batch: Batch, loss: float) -> None:
+        """Stop at a loss that is not finite; warn where training has long been worse than none."""
+        state = self.state
+        if not math.isfinite(loss):
+            raise self.guard.bad_loss(batch, state.step, self._place())
+        if state.first_loss is None:
+            # with the whole KL, if that is more: a schedule's first weight may be 0
+            _, reconstruction, kl = (state.sums[:3] / state.sums[3]).tolist()
+            state.first_loss = max(loss, kl - reconstruction)
+        state.worse = state.worse + 1 if loss > state.first_loss else 0
+        if state.worse == DIVERGED and self.fabric.is_global_zero:
+            self.guard.warn_of_divergence(state.first_loss, loss)
 
     def _treat_gradient(self, batch: Batch, look: bool) -> None:
         """See that the gradient is finite, while the weights still are, and clip it."""

@@ -23,6 +23,8 @@ class State:
         epoch: finished epochs; `position` batches of the next are done, `step` in all.
         seconds: of training, without validation.
         sums: over the data seen this epoch, of loss, reconstruction, KL and 1; float64.
+        first_loss: of the first batch, before any update.
+        worse: batches on end whose loss was larger than that.
         random: of the generators, where the run was interrupted within an epoch.
         best_loss, best_epoch, best_weights: of the lowest validation loss so far.
         rows: of the metrics.
@@ -33,6 +35,8 @@ class State:
     step: int = 0
     seconds: float = 0.0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    first_loss: float | None = None
+    worse: int = 0
     random: RandomState | None = None
     best_loss: float = math.inf
     best_epoch: int = 0
