@@ -70,7 +70,7 @@ class Split:
     """One array of data, a datum a row.
 
     Args:
-        x: `(N, features)`, floating point.
+        x: `(N, features)`, real numbers, dense.
         y: labels `(N,)`, or None.
         draw: what turns rows of `x` into what the model sees, anew at every visit (dynamic
             binarisation), or None where `x` is seen as it is.
@@ -79,8 +79,8 @@ class Split:
             guide; None where they have none.
 
     Raises:
-        DataError: no row, labels or contexts that are not one a row, or a context that is not
-            finite.
+        DataError: no row, complex or sparse rows, labels or contexts that are not one a row, or a
+            context that is not finite.
     """
 
     x: Tensor
@@ -90,6 +90,10 @@ class Split:
     context: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.x.is_complex() or self.x.layout is not torch.strided:
+            raise DataError(
+                f"a split needs dense real numbers; x has {self.x.dtype} in layout {self.x.layout}"
+            )
         if self.x.dim() < 2:
             raise DataError(f"a split needs one row a datum; x has shape {tuple(self.x.shape)}")
         if len(self.x) == 0:

@@ -118,6 +118,8 @@ def test_integers_become_the_models_floats() -> None:
     split = pv.Split((numbered(6) % 2).to(torch.uint8))
     (batch,) = next(Resident(split, 3, CPU, torch.float32).epoch(0))
     assert batch.dtype == torch.float32
+    (batch,) = next(streamed(DataLoader(split.x, 3)).epoch(0))
+    assert batch.dtype == torch.float64
 
 
 @pytest.mark.parametrize("own_generator", [False, True])

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro.infer
 import pyro.optim
 import pytest
@@ -29,6 +30,7 @@ import pyro_vae as pv
 from pyro_vae.data import bernoulli_draw
 from pyro_vae.errors import (
     CheckpointError,
+    CompileError,
     ConfigError,
     DataError,
     DeviceError,
@@ -90,6 +92,10 @@ BAD_DATA = [
     ("pair of equals", lambda: (binary(20), binary(20)), DataError, "type tuple is no array"),
     ("ragged", lambda: [[0.0, 1.0], [0.0]], DataError, "type list is no array.*inhomogeneous"),
     ("dataset", lambda: TensorDataset(binary(20)), DataError, "TensorDataset is no array.*Loader"),
+    ("masked", lambda: np.ma.masked_less(binary(20).numpy(), 0.5), DataError,
+     r"masked values.*data\.filled\(np\.nan\).*Incomplete"),
+    ("complex", lambda: binary(20) + 0j, DataError, "dense real numbers; x has torch.complex"),
+    ("sparse", lambda: binary(20).to_sparse(), DataError, "real numbers; .* layout torch.sparse"),
 ]  # fmt: skip
 
 
@@ -118,6 +124,11 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learning_rate": 0.0}, ConfigError, r"learning_rate must be positive and finite, got 0\.0"),
     ({"learning_rate": float("nan")}, ConfigError, "learning_rate must be positive.*got nan"),
     ({"gradient_clip": -1.0}, ConfigError, r"gradient_clip must be positive and finite, got -1\.0"),
+    ({"learning_rate": "0.1"}, ConfigError, "learning_rate must be positive.*got '0.1'"),
+    ({"patience": 2.5}, ConfigError, "patience must be a whole number, got 2.5"),
+    ({"trackers": print}, ConfigError, "trackers is a list of functions of the epoch, got <built"),
+    ({"trackers": [1]}, ConfigError, r"trackers is a list of functions of the epoch, got \[1\]"),
+    ({"compile": "yes"}, ConfigError, "compile is True, False or \"auto\", got 'yes'"),
     ({"patience": 0}, ConfigError, "patience must be at least 1, got 0"),
     ({"seed": -1}, ConfigError, "seed must not be negative, got -1"),
     ({"objective": pyro.infer.Trace_ELBO()}, ConfigError, "got Trace_ELBO; train with others"),
@@ -132,6 +143,17 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"resume": True, "out": None}, ConfigError, "resume=True needs out="),
     ({"tensorboard": True, "out": None}, ConfigError, "tensorboard=True needs out="),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_number_too_large_for_the_precision(streamed: bool, tmp_path: Path) -> None:
+    """Finite as it is, and infinite in float32."""
+    torch.set_default_dtype(torch.float32)
+    x = spoiled(intensities(20).double(), 1e300)
+    data = DataLoader(TensorDataset(x), 4, shuffle=False) if streamed else x
+    with pytest.raises(DataError, match=r"finite in float32, but x\[3, 5\] = 1e\+300 \(row 3"):
+        pv.fit(normal_vae(), data, epochs=1, batch_size=4, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -401,6 +423,21 @@ def test_what_cannot_train_leaves_the_old_run_alone(
         again(old_run, vae, overwrite=True, **settings)
     assert contents(old_run) == before
     assert identical(vae, weights)
+
+
+class Peeking(pv.likelihoods.Bernoulli):
+    """What it does depends on a value, which no graph can hold."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Any:
+        return super().forward(z if z.sum() > 0 else -z, context)
+
+
+def test_what_cannot_be_traced_leaves_the_old_run_alone(old_run: Path) -> None:
+    before, vae = contents(old_run), small_vae()
+    vae.model.likelihood = Peeking(vae.likelihood.network)
+    with pytest.raises(CompileError, match=r"z\.sum\(\) > 0"):
+        again(old_run, vae, overwrite=True, compile=True)
+    assert contents(old_run) == before
 
 
 def damage(file: str, how: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vae.data import Split
 from pyro_vae.errors import ConfigError, DataError
-from pyro_vae.likelihoods import check_finite
+from pyro_vae.likelihoods.base import check_finite, first
 
 Batch = tuple[Any, ...]
 Check = Callable[[Tensor], None]
@@ -60,6 +60,7 @@ class Resident:
 
     Raises:
         ConfigError: the batch is larger than the data.
+        DataError: a number is too large for `dtype`.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Resident:
                 f"batch_size={batch_size} is larger than the data ({len(split)} rows{among})"
             )
         home = device if _fits(split.x, dtype, device) else torch.device("cpu")
-        self.x = split.x.to(home, dtype)
+        self.x = _real(split.x, dtype).to(home)
         self.context = split.context
         if split.context is not None:
             self.context = _move(split.context, home, dtype)
@@ -118,7 +119,7 @@ class Streamed:
 
     Args:
         loader: of known length.
-        device, dtype: of the batches (integers stay integers).
+        device, dtype: of the batches; integers in further parts stay integers.
         check: raises on a first tensor that the likelihood does not take.
 
     Raises:
@@ -172,12 +173,13 @@ class Streamed:
             for part in parts[1:]:
                 if isinstance(part, Tensor):
                     check_finite(part)
+            parts = _real(parts[0], self.dtype), *parts[1:]
+            return tuple(
+                _move(part, self.device, self.dtype) if isinstance(part, Tensor) else part
+                for part in parts
+            )
         except DataError as error:
             raise type(error)(f"batch {index} of the DataLoader: {error}") from error
-        return tuple(
-            _move(part, self.device, self.dtype) if isinstance(part, Tensor) else part
-            for part in parts
-        )
 
 
 def sources(
@@ -233,6 +235,12 @@ def as_split(data: Any) -> Split:
 
 
 def _as_tensor(data: Any) -> Tensor:
+    if np.ma.is_masked(data):
+        raise DataError(
+            f"data with {int(np.ma.count_masked(data))} masked values, which numpy keeps under the "
+            "mask: fill them with NaN (data.filled(np.nan)) and let "
+            "likelihoods.Incomplete leave them out"
+        )
     try:
         # numpy would stack (x, y) into one array, and read a dataset's items as rows
         if isinstance(data, Dataset) or (
@@ -249,7 +257,23 @@ def _as_tensor(data: Any) -> Tensor:
 
 def _move(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """On the device, and real numbers in the precision; integers stay integers."""
-    return part.to(device, dtype if part.is_floating_point() else part.dtype, non_blocking=True)
+    part = _real(part, dtype) if part.is_floating_point() else part
+    return part.to(device, non_blocking=True)
+
+
+def _real(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Data in the precision of training.
+
+    Raises:
+        DataError: a finite number is too large for it.
+    """
+    made = x.to(dtype)
+    if x.dtype == torch.float64 and made.dtype != torch.float64:
+        overflown = made.isinf() & x.isfinite()
+        if overflown.any():
+            name = str(dtype).removeprefix("torch.")
+            raise DataError(f"data must be finite in {name}, but {first(overflown, x)}")
+    return made
 
 
 def _fits(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def check_arguments(
     kl_schedule: Callable[[int], float] | None,
     gradient_clip: float | None,
     patience: int | None,
+    trackers: Sequence[Any],
+    compile: bool | str,
     seed: int,
     out: str | Path | None,
     resume: bool,
@@ -63,8 +66,8 @@ def check_arguments(
     if epochs < 1:
         raise ConfigError(f"epochs must be at least 1, got {epochs}")
     for name, value in (("learning_rate", learning_rate), ("gradient_clip", gradient_clip)):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be positive and finite, got {value}")
+        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            raise ConfigError(f"{name} must be positive and finite, got {value!r}")
     if seed < 0:
         raise ConfigError(f"seed must not be negative, got {seed}")
     if kl_schedule is not None and not hasattr(objective, "kl_weight"):
@@ -75,6 +78,10 @@ def check_arguments(
         raise ConfigError(f"patience must be at least 1, got {patience}")
     if patience is not None and getattr(data, "valid", None) is None:
         raise ConfigError(f"patience={patience} needs validation data, and there is none")
+    if not isinstance(trackers, Sequence) or not all(map(callable, trackers)):
+        raise ConfigError(f"trackers is a list of functions of the epoch, got {trackers!r}")
+    if not isinstance(compile, bool) and compile != "auto":
+        raise ConfigError(f'compile is True, False or "auto", got {compile!r}')
     if resume and out is None:
         raise ConfigError("resume=True needs out=, the folder to resume from")
     if resume and overwrite:
@@ -161,12 +168,18 @@ def weights_of(vae: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def try_program(vae: Any, objective: Objective, batches: Sequence[Batch]) -> Terms:
+def try_program(
+    vae: Any, objective: Objective, batches: Sequence[Batch], compile: bool | str = False
+) -> Terms:
     """Run the objective once on small batches, so that what cannot work fails early.
+
+    Args:
+        compile: True also traces it.
 
     Raises:
         ShapeError, SiteError: see `VAE.check_shape` and the objectives.
         NonFiniteError: the program gives NaN or infinity before any training.
+        CompileError: it cannot be traced.
         ConfigError: the program cannot run.
     """
     guard = Guard(objective, vae.model, vae.guide)
@@ -179,6 +192,8 @@ def try_program(vae: Any, objective: Objective, batches: Sequence[Batch]) -> Ter
                     loss = objective.terms(vae.model, vae.guide, *batch).loss
                     if not math.isfinite(loss.item()):
                         raise guard.bad_loss(batch, 0, "before the first step")
+                    if compile is True:
+                        _trace(vae, objective, batch)
                 with pyro.validation_enabled(True):
                     terms = objective.terms(vae.model, vae.guide, *batch)
         except (ShapeError, ConfigError) as error:
@@ -192,6 +207,14 @@ def try_program(vae: Any, objective: Objective, batches: Sequence[Batch]) -> Ter
                 f"{_about_context(batch)}"
             ) from error
     return terms
+
+
+@torch.enable_grad()
+def _trace(vae: Any, objective: Objective, batch: Batch) -> None:
+    """What compiling begins with, a fraction of a second; what takes long is left to training."""
+    from pyro_vae.compiled import terms
+
+    terms(objective, vae.model, vae.guide, True, backend=lambda graph, inputs: graph)(*batch)
 
 
 def _about_context(batch: Batch) -> str:

@@ -134,22 +134,27 @@ def fit(
         A `Run`. The weights are in `vae`, on the device.
 
     Raises:
-        ConfigError, DeviceError, DataError, ShapeError, SupportError, SiteError: an argument, the
-            device, the data or the program is not fit for training.
+        ConfigError, DeviceError, DataError, ShapeError, SupportError, SiteError, CompileError: an
+            argument, the device, the data or the program is not fit for training.
         RunExistsError, RunPermissionError, CheckpointError: of the run folder.
         NonFiniteError: loss, gradient or parameter became NaN or infinite; names the step, the
             term and site, the parameter, and what to try. On a GPU loss and gradient are read every
             50 steps, so the step is that of discovery, and a gradient found bad after its update is
             no longer known by term and site.
         KeyboardInterrupt: after Ctrl-C, the state saved in `out`.
+
+    Warns:
+        RuntimeWarning: a hundred batches on end had a larger loss than the very first, before any
+            update: training diverges, though every number is finite. (On a GPU, of those read.)
     """
     objective = ELBO(kl="auto") if objective is None else objective
     epochs, batch_size = whole("epochs", epochs), whole("batch_size", batch_size)
     devices, seed = whole("devices", devices), whole("seed", seed)
+    patience = None if patience is None else whole("patience", patience)
     check_arguments(
         objective, data, epochs=epochs, learning_rate=learning_rate, kl_schedule=kl_schedule,
-        gradient_clip=gradient_clip, patience=patience, seed=seed, out=out, resume=resume,
-        overwrite=overwrite, tensorboard=tensorboard,
+        gradient_clip=gradient_clip, patience=patience, trackers=trackers, compile=compile,
+        seed=seed, out=out, resume=resume, overwrite=overwrite, tensorboard=tensorboard,
     )  # fmt: skip
     weights = weights_of(vae)
     fabric = launch("auto" if device is None else str(device), devices, precision)
@@ -160,7 +165,7 @@ def fit(
         if precision == "64-true":
             weights.double()
         samples = [batches.first() for batches in (train, valid) if batches is not None]
-        estimators = try_program(vae, objective, samples).estimators
+        estimators = try_program(vae, objective, samples, compile).estimators
         parameters = check_parameters(weights, pyro.get_param_store())
         opt = make_optimizer(optimizer, parameters, learning_rate)
         schedule = make_scheduler(scheduler, opt)
