@@ -145,6 +145,8 @@ def test_intensities_stay_by_default() -> None:
     ("name", "options", "error", "says"),
     [
         ("mnits", {}, UnknownNameError, ["'mnits'", "did you mean 'mnist'", *DATASETS, ".npz"]),
+        ("MNIST", {}, UnknownNameError, ["did you mean 'mnist'"]),
+        (None, {}, UnknownNameError, ["got None", *DATASETS]),
         ("digits", {"split": "burda"}, UnknownNameError, ["'burda'", "digits", "'shuffled'"]),
         ("mnist", {"split": "burder"}, UnknownNameError, ["mean 'burda'", "'larochelle'"]),
         (

@@ -254,3 +254,21 @@ def test_mnist_from_a_mirror(server: Server, cache: Path, real_data: Path) -> No
     assert len(data.train) == 50_000
     assert server.asked.count(broken) == 2
     assert len(server.asked) == 5, "what was whole is not fetched again"
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "rows"), [("static_binarized_mnist", 50_000), ("frey_faces", 1565)]
+)
+def test_files_that_only_a_mirror_serves(
+    server: Server, cache: Path, real_data: Path, name: str, rows: int
+) -> None:
+    """Repacked ones, whose checksum is known and that are published nowhere."""
+    with pytest.raises(DataError, match="by hand"):
+        load(name, mirror=server.url)
+    assert left(cache) == []
+    for file in (real_data / name).iterdir():
+        server.files[f"/{name}/{file.name}"] = file.read_bytes()
+    assert len(load(name, mirror=server.url).train) == rows
+    server.files.clear()
+    assert len(load(name, mirror=server.url).train) == rows  # from the cache

@@ -335,6 +335,14 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, e
     assert not Path("unpickled").exists()
 
 
+def test_objects_in_a_matlab_file_and_too_few_rows_are_named_by_the_file(tmp_path: Path) -> None:
+    cells = np.array([["a"], ["b"]], dtype=object)
+    with pytest.raises(DataError, match="a: values of type object are not real numbers"):
+        load_file(write(tmp_path / "a.mat", x=cells))
+    with pytest.raises(DataError, match=r"b\.npy: 3 rows .* no row for valid and test"):
+        load_file(write(tmp_path / "b.npy", x=TABLE[:3]))
+
+
 @pytest.mark.parametrize("ending", [".npz", ".npy", ".mat", ".csv"])
 def test_a_missing_file_or_a_folder_is_named(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a{ending}"

@@ -71,10 +71,7 @@ def load_file(
     rule: Rule = as_filed
     if "all" in parts:
         fractions = FRACTIONS if fractions is None else fractions
-        x = parts["all"].x
-        if x.size == 0:
-            raise DataError(f"{path}: no data, the array has shape {x.shape}")
-        rule = cut_by_fraction(tuple(fractions), len(x), seed)
+        rule = cut_by_fraction(tuple(fractions), str(path), seed)
         preparation["fractions"] = tuple(fractions)
     elif fractions is not None:
         raise ConfigError(f"{path} has its own train and test: fractions {fractions} mean nothing")

@@ -59,6 +59,8 @@ STATIC_TEXT = {
 def read_static_mnist(store: Store) -> Parts:
     """The fixed binarisation, from packed bits where they are supplied, else the text files."""
     packed = store.find(STATIC_PACKED)
+    if packed is None and store.find(STATIC_TEXT["train"]) is None:
+        packed = store.mirrored(STATIC_PACKED)
     if packed is None:
         return {p: Part(read_amat(store.fetch(s), 784)) for p, s in STATIC_TEXT.items()}
     arrays = read_npz(packed, list(STATIC_TEXT))
@@ -75,6 +77,8 @@ FREY_MAT = Source("frey_faces/frey_rawface.mat", "https://cs.nyu.edu/~roweis/dat
 def read_frey_faces(store: Store) -> Parts:
     """1,965 frames of 28x20, grey 0 to 255, in filming order."""
     array = store.find(FREY_ARRAY)
+    if array is None and store.find(FREY_MAT) is None:
+        array = store.mirrored(FREY_ARRAY)
     path = array or store.fetch(FREY_MAT)
     images = read_npz(path, ["images"])["images"] if array else read_mat(path, ["ff"])["ff"].T
     images = images.reshape(len(images), -1)

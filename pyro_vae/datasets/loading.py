@@ -13,7 +13,7 @@ from pyro_vae.datasets.catalogue import DATASETS
 from pyro_vae.datasets.files import READERS, load_file
 from pyro_vae.datasets.sources import Store
 from pyro_vae.datasets.splits import look_up
-from pyro_vae.errors import ConfigError
+from pyro_vae.errors import ConfigError, UnknownNameError
 
 
 def names() -> tuple[str, ...]:
@@ -75,6 +75,8 @@ def load(
         CorruptFileError: a file that is not the published one, or a download that broke.
         DataError: a file that can't be had; says where to put it by hand.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UnknownNameError(f"a data set is named by text, got {name!r}; known: {names()}")
     if Path(name).suffix.lower() in READERS:
         if split is not None:
             raise ConfigError(f"split {split!r} means nothing for the file {name}")

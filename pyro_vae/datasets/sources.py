@@ -102,6 +102,21 @@ class Store:
             )
         return self._download(source)
 
+    def mirrored(self, source: Source) -> Path | None:
+        """The file downloaded from the mirror; None where there is no mirror, or not this file.
+
+        Raises:
+            CorruptFileError: the mirror's is not the file, or broke off.
+        """
+        if self.mirror is None:
+            return None
+        try:
+            return self._download(source)
+        except CorruptFileError:
+            raise
+        except DataError:
+            return None
+
     def _download(self, source: Source) -> Path:
         url = f"{self.mirror.rstrip('/')}/{source.path}" if self.mirror else str(source.url)
         target = self.cache / source.path

@@ -72,7 +72,7 @@ def look_up(kind: str, name: str, table: Mapping[str, T], also: str = "") -> T:
     """
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), list(table), n=1)
+    near = difflib.get_close_matches(str(name).lower(), list(table), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UnknownNameError(f"no {kind} named {name!r}; {hint}known: {_listed(table)}{also}")
 
@@ -129,14 +129,17 @@ def cut(train: int, valid: int, test: int, *, shuffled: bool, seed: int = 0) -> 
     return rule
 
 
-def cut_by_fraction(fractions: tuple[float, ...], total: int, seed: int) -> Rule:
+def cut_by_fraction(fractions: tuple[float, ...], where: str, seed: int) -> Rule:
     """`cut` with sizes from fractions, after a shuffle drawn from `seed`.
 
     Test and validation sizes are rounded to whole rows, and training takes the rest.
 
+    Args:
+        where: the data come from, for the message.
+
     Raises:
         ConfigError: the fractions are not three, are negative, or do not add up to one.
-        DataError: there are too few rows for a part that was asked for.
+        DataError: when the rule is used, there are too few rows for a part that was asked for.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ConfigError(
@@ -145,15 +148,20 @@ def cut_by_fraction(fractions: tuple[float, ...], total: int, seed: int) -> Rule
         )
     if fractions[0] == 0 or fractions[2] == 0:
         raise ConfigError(f"fractions {fractions} leave nothing to train on or to test on")
-    valid, test = (round(total * fraction) for fraction in fractions[1:])
-    train = total - valid - test
-    sizes = {"train": train, "valid": valid, "test": test}
-    short = [name for name, f in zip(sizes, fractions, strict=True) if f > 0 and sizes[name] < 1]
-    if short:
-        raise DataError(
-            f"{total} rows divided by {fractions} leave no row for {' and '.join(short)}"
-        )
-    return cut(train, valid, test, shuffled=True, seed=seed)
+
+    def rule(parts: Parts) -> Parts:
+        total = len(parts["all"].x)
+        valid, test = (round(total * fraction) for fraction in fractions[1:])
+        sizes = {"train": total - valid - test, "valid": valid, "test": test}
+        asked = zip(sizes, fractions, strict=True)
+        if short := [name for name, fraction in asked if fraction > 0 and sizes[name] < 1]:
+            raise DataError(
+                f"{where}: {total} rows divided by {fractions} leave no row for "
+                f"{' and '.join(short)}"
+            )
+        return cut(**sizes, shuffled=True, seed=seed)(parts)
+
+    return rule
 
 
 def _listed(names: Iterable[str]) -> str:

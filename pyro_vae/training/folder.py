@@ -133,6 +133,7 @@ def new_output(path: Path, overwrite: bool) -> Iterator[Path]:
         RunPermissionError: it cannot be written.
     """
     part = path.with_name(f".part.{path.name}")  # the ending stays: it chooses the format
+    made = not path.parent.exists()
     try:
         _check_replaceable(path, overwrite)
         path.parent.mkdir(exist_ok=True)
@@ -151,6 +152,8 @@ def new_output(path: Path, overwrite: bool) -> Iterator[Path]:
             path.unlink(missing_ok=True)
     finally:
         part.unlink(missing_ok=True)
+        if made and not any(path.parent.iterdir()):
+            path.parent.rmdir()
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:
