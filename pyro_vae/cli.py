@@ -74,6 +74,8 @@ def cli() -> None:
         pyro-vae evaluate runs/a --num-samples 1000
         pyro-vae plot runs/a
         pyro-vae compare runs/a runs/b
+
+    Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
     """
 
 
@@ -283,7 +285,10 @@ def evaluate(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Estimate log p(x) under RUN, with its error, into RUN/evidence.npz, and draw it."""
+    """Estimate log p(x) under RUN, with its error.
+
+    It is written to RUN/evidence.npz and drawn in RUN/figures/evidence.png.
+    """
     import pyro_vae as pv
     from pyro_vae.recipes import load_run
     from pyro_vae.training.folder import EVIDENCE, EVIDENCE_FIGURE, new_output
@@ -310,7 +315,10 @@ def evaluate(
 @click.argument("runs", type=RUN, nargs=-1, required=True)
 @click.option("--mixed", is_flag=True, help="Also where numbers of draws or methods differ.")
 def compare(runs: tuple[Path, ...], mixed: bool) -> None:
-    """Rank RUNS by log p(x), paired datum by datum; evaluate each first."""
+    """Rank RUNS by log p(x), paired datum by datum.
+
+    Each has to be evaluated first.
+    """
     from pyro_vae.evidence import Evidence, compare
     from pyro_vae.training.folder import EVIDENCE
 
@@ -369,9 +377,9 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace imputations that are there.")
 def impute(run: Path, data: Path, out: Path | None, overwrite: bool, **options: Any) -> None:
-    """Fill in the missing values of --data, several times, under RUN's model.
+    """Fill in missing values, several times, under RUN's model.
 
-    The data are as the model saw them: scaled and binarised in the same way.
+    The --data are as the model saw them: scaled and binarised in the same way.
     """
     import pyro_vae as pv
     from pyro_vae.imputation.files import read_holes, write_imputations

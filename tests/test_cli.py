@@ -227,7 +227,7 @@ def test_what_cannot_be_written_is_refused_before_computing(
         with patch.object(Path, "write_bytes", refuse):
             assert "cannot write" in run(command, copied, code=1).stderr
         if command == "plot":
-            (copied / name).rmdir()
+            assert not (copied / name).exists()
             (copied / name).touch()
         else:
             (copied / name).mkdir()
@@ -393,8 +393,10 @@ def test_usage_errors_exit_2(tmp_path: Path) -> None:
 
 def test_help_names_every_command() -> None:
     said = run("--help").stdout
-    for command in ("train", "evaluate", "compare", "sample", "plot"):
+    assert "130 interrupted" in said
+    for command in ("train", "evaluate", "compare", "sample", "impute", "plot"):
         assert command in said
+        assert "..." not in next(line for line in said.splitlines() if f"  {command} " in line)
         assert "Usage" in run(command, "--help").stdout
 
 

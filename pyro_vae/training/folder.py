@@ -133,27 +133,39 @@ def new_output(path: Path, overwrite: bool) -> Iterator[Path]:
         RunPermissionError: it cannot be written.
     """
     part = path.with_name(f".part.{path.name}")  # the ending stays: it chooses the format
-    made = not path.parent.exists()
-    try:
-        _check_replaceable(path, overwrite)
-        path.parent.mkdir(exist_ok=True)
-        part.write_bytes(b"")  # nor is anything left of one that was killed
-    except FileExistsError as error:
-        if isinstance(error, RunExistsError):
+    with _folder(path.parent, path):
+        try:
+            _check_replaceable(path, overwrite)
+            part.write_bytes(b"")  # nor is anything left of one that was killed
+        except RunExistsError:
             raise
-        raise RunExistsError(f"{path.parent} is no folder: move it away") from error
+        except OSError as error:
+            raise RunPermissionError(f"cannot write {path}: {error}") from error
+        try:
+            yield part
+            if part.stat().st_size:
+                os.replace(part, path)
+            else:
+                path.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _folder(folder: Path, path: Path) -> Iterator[None]:
+    """The folder of `path`, made where there is none, and removed again if it stays empty."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise RunExistsError(f"{folder} is no folder: move it away") from error
     except OSError as error:
         raise RunPermissionError(f"cannot write {path}: {error}") from error
     try:
-        yield part
-        if part.stat().st_size:
-            os.replace(part, path)
-        else:
-            path.unlink(missing_ok=True)
+        yield
     finally:
-        part.unlink(missing_ok=True)
-        if made and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:
