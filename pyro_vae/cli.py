@@ -23,6 +23,7 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # again: whose module imports
 
 # what may be given with --resume; the rest would make it another run
 RESUMABLE = {"out", "resume", "overwrite", "epochs", "device", "tensorboard"}
+SIZES = ("hidden", "upper", "image_shape")  # of several numbers
 STARTING = ("batch_size", "learning_rate", "device", "precision")  # of what is trained beforehand
 
 
@@ -97,7 +98,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
             f"{value} has unknown entries {unknown}; known: {sorted(known - {None})}"
         )
     for name, entry in entries.items():
-        if isinstance(entry, dict) or (isinstance(entry, list) and name not in ("hidden", "upper")):
+        if isinstance(entry, dict) or (isinstance(entry, list) and name not in SIZES):
             raise click.BadParameter(f"{value} has {name}={entry!r}, which is no single value")
     ctx.default_map = {**(ctx.default_map or {}), **entries}
     return value
@@ -127,6 +128,16 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     type=click.Choice(["dynamic", "fixed", "threshold", "none"]),
     default="dynamic",
     help="How grey values become binary.",
+)
+@click.option("--key", default=None, help="Of a file: the array's name in an .npz or .mat.")
+@click.option(
+    "--label-key", default=None, help="Of a file: the labels' name, or column of a .csv from 0."
+)
+@click.option(
+    "--divide-by", type=float, default=None, help="Of a file: what takes its values to [0, 1]."
+)
+@click.option(
+    "--image-shape", type=Sizes(), default=None, help="Of a file: height and width of a row, 28,28."
 )
 @click.option(
     "--model",
@@ -229,6 +240,7 @@ def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **option
     entries = {name: fitting.pop(name) for name in names}
     if entries["binarize"] == "none":
         entries["binarize"] = None
+    entries["image_shape"] = entries["image_shape"] or ()
     recipe = Recipe.from_json(entries)
     data = load_data(recipe)
     vae = build_vae(recipe, data)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae import datasets, likelihoods, networks, posteriors, priors, variants
 from pyro_vae.data import Data, one_hot
+from pyro_vae.datasets.files import READERS
 from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
 from pyro_vae.objectives import ELBO, IWAE, Objective
 from pyro_vae.seeding import derive, seeded
@@ -22,7 +23,8 @@ from pyro_vae.training.folder import CHECKPOINT, CONFIG, MODEL, read_config
 from pyro_vae.vae import VAE, Generative
 
 MakeNetwork = Callable[[int], nn.Module]  # from the number of outputs (a feature, for a decoder)
-SIZES = ("hidden", "upper")  # the entries of a recipe that are lists
+SIZES = ("hidden", "upper", "image_shape")  # the entries of a recipe that are lists
+OF_FILES = ("key", "label_key", "divide_by", "image_shape")  # those that only a file of data takes
 
 
 class NetworkPair(NamedTuple):
@@ -38,6 +40,8 @@ class Recipe:
 
     Attributes:
         data, split, binarize: see `datasets.load`.
+        key, label_key, divide_by, image_shape: of a file of data; see `datasets.load_file`, whose
+            `scale` is `divide_by` here. An empty `image_shape` is the file's own, if it has one.
         model: a name in MODELS; what follows are its parts.
         prior, likelihood, posterior, network, objective: names in the registries of this module.
         components: of a mixture prior; pseudo-inputs of a VampPrior.
@@ -57,6 +61,10 @@ class Recipe:
     data: str = "digits"
     split: str | None = None
     binarize: str | None = "dynamic"
+    key: str | None = None
+    label_key: str | None = None
+    divide_by: float | None = None
+    image_shape: tuple[int, ...] = ()
     model: str = "vae"
     prior: str = "normal"
     likelihood: str = "bernoulli"
@@ -116,9 +124,16 @@ def _is_a(value: Any, hint: Any) -> bool:
 def load_data(recipe: Recipe) -> Data:
     """The data of a recipe, in its splits, with the context that its model takes."""
     model = _look_up(MODELS, recipe.model, "model")
-    data = datasets.load(
-        recipe.data, split=recipe.split, binarize=recipe.binarize, seed=recipe.seed
-    )
+    common: dict[str, Any] = {"binarize": recipe.binarize, "seed": recipe.seed}
+    if Path(recipe.data).suffix.lower() in READERS:
+        _refuse(recipe, "a file of data", "split")
+        data = datasets.load_file(
+            recipe.data, key=recipe.key, label_key=recipe.label_key, scale=recipe.divide_by,
+            image_shape=recipe.image_shape or None, **common,
+        )  # fmt: skip
+    else:
+        _refuse(recipe, f'data="{recipe.data}"', *OF_FILES)
+        data = datasets.load(recipe.data, split=recipe.split, **common)
     return model.given(recipe, data)
 
 

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import pyro_vae as pv
 from pyro_vae.cli import main
+from pyro_vae.recipes import load_run
 from pyro_vae.training import read_metrics
 
 FAST = ["--hidden", "16", "--epochs", "2", "--batch-size", "256", "--device", "cpu"]
@@ -383,6 +384,37 @@ def test_a_file_of_data_is_found_from_another_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     run("sample", tmp_path / "run")
     run("train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
+
+
+def test_files_of_data_as_they_come(tmp_path: Path) -> None:
+    """Bytes that are to be binarised, a named array and labels, and a table's column of labels."""
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 256, (60, 6)), np.arange(60) % 3
+    np.savez(tmp_path / "x.npz", grey=x, other=x, kind=y)
+    table = "a,b,kind,c\n" + "".join(f"{i % 2},{i // 2 % 2},{i % 3},0\n" for i in range(60))
+    (tmp_path / "x.csv").write_text(table)
+    named = ["--key", "grey", "--label-key", "kind"]
+    files = {
+        "npz": [*named, "--divide-by", "255", "--image-shape", "3,2"],
+        "csv": ["--label-key", "kind", "--binarize", "none", "--image-shape", "1,3"],
+    }
+    npz = ["--out", tmp_path / "run", "--data", tmp_path / "x.npz", *named]
+    assert "--divide-by" in run("train", *npz, code=1).stderr
+    fast = ["--model", "cvae", "--epochs", "1", "--batch-size", "20"]
+    for ending, options in files.items():
+        folder = tmp_path / ending
+        run("train", "--out", folder, "--data", tmp_path / f"x.{ending}", *options, *fast)
+        run("train", "--out", folder, "--resume", "--epochs", "2")
+        _, found, recipe = load_run(folder)
+        assert found.features == {"npz": 6, "csv": 3}[ending]
+        assert found.image_shape == recipe.image_shape
+        assert found.num_classes == 3
+        run("plot", folder)
+    again = ["--config", tmp_path / "npz" / "config.json", "--epochs", "1"]
+    run("train", "--out", tmp_path / "again", *again)
+    said = run("train", "--out", tmp_path / "run", "--divide-by", "16", code=1).stderr
+    assert 'data="digits" has no use for divide_by (--divide-by): leave it out' in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_usage_errors_exit_2(tmp_path: Path) -> None:

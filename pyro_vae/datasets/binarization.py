@@ -125,7 +125,8 @@ def _check_unit_interval(x: np.ndarray, where: str) -> None:
     if place := _first((x < 0) | (x > 1)):
         raise SupportError(
             f"{where}: value {x[place]:g} at row {place[0]}, column {place[1]} (from 0) is "
-            "outside [0, 1] and cannot be binarised; divide by the largest value with scale="
+            "outside [0, 1] and cannot be binarised: divide by the largest value (scale= of "
+            "load_file, --divide-by of the command line)"
         )
 
 
