@@ -18,7 +18,6 @@ from training_helpers import contents, identical, small_vae
 import pyro_vae as pv
 from pyro_vae.errors import CheckpointError, RunPermissionError
 from pyro_vae.training.checkpoint import (
-    CHECKSUM,
     HEADER,
     _checksum,
     load_tree,
@@ -223,10 +222,16 @@ def test_a_safetensors_file_of_others_is_told_apart(tmp_path: Path) -> None:
 def test_a_damaged_header_is_a_checkpoint_error(header: str, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     tensors = {"x": torch.zeros(2)}
-    metadata = {HEADER: header, CHECKSUM: _checksum(header, tensors)}
+    metadata = {HEADER: f"{_checksum(header, tensors)} {header}"}
     safetensors.torch.save_file(tensors, path, metadata=metadata)
     with pytest.raises(CheckpointError, match="damaged"):
         load_tree(path)
+
+
+def test_equal_trees_make_equal_files(tmp_path: Path) -> None:
+    for i in range(8):
+        save_tree(tmp_path / f"{i}", {"weights": weights(small_vae()), "state": {"step": 3}})
+    assert len(set(contents(tmp_path).values())) == 1
 
 
 def test_weights_of_another_architecture_change_nothing() -> None:

@@ -1,8 +1,9 @@
 """Checkpoints: any tree of tensors and plain values in one safetensors file, no code in it.
 
 A tree is made of dicts, lists, tuples, tensors, numbers, strings, booleans and None. Its tensors
-are stored as tensors and the rest as JSON in the file's header, with a checksum. Writing is
-atomic: whatever happens, the file on disk is a whole one, the old or the new.
+are stored as tensors and the rest as JSON in the file's header, after a checksum. Equal trees make
+equal files, byte for byte. Writing is atomic: whatever happens, the file on disk is a whole one,
+the old or the new.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import CheckpointError, RunPermissionError
 
-HEADER = "pyro_vae"
-CHECKSUM = "crc32"
+HEADER = "pyro_vae"  # one entry of metadata, for safetensors writes several in any order
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -36,7 +36,7 @@ def save_tree(path: Path, tree: Any) -> None:
     encoder = _Encoder()
     header = json.dumps(encoder.encode(tree, ""))
     part = path.with_name(f".{path.name}.part")
-    metadata = {HEADER: header, CHECKSUM: _checksum(header, encoder.tensors)}
+    metadata = {HEADER: f"{_checksum(header, encoder.tensors)} {header}"}
     try:
         # safetensors makes files for their owner alone; a new file has the mode the user wants
         part.unlink(missing_ok=True)
@@ -70,10 +70,11 @@ def load_tree(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
     if HEADER not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but not one of pyro_vae")
-    if metadata.get(CHECKSUM) != _checksum(metadata[HEADER], tensors):
+    checksum, _, header = metadata[HEADER].partition(" ")
+    if checksum != _checksum(header, tensors):
         raise CheckpointError(f"{path} is damaged: its checksum does not match its contents")
     try:
-        return _decode(json.loads(metadata[HEADER]), tensors)
+        return _decode(json.loads(header), tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r} in its header") from error
 
