@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ Hook = Callable[[int], Any]
 
 def run(name: str, folder: Path, at_step: Hook, epochs: int = EPOCHS) -> tuple[pv.VAE, pv.Run]:
     """Start a job, or resume it where its folder holds the configuration of one."""
-    vae, data, settings = JOBS[name](at_step)
+    vae, data, settings = {**JOBS, **FURTHER}[name](at_step)
     if (folder / "checkpoint.safetensors").exists():  # weights that a resumed run must not keep
         with torch.no_grad():
             for parameter in vae.parameters():
@@ -83,6 +84,26 @@ def _shuffled(at_step: Hook) -> tuple[pv.VAE, Any, dict[str, Any]]:
     return small_vae(), _Hooked(at_step, binary(96), None), {"objective": pv.IWAE(3)}
 
 
+def _workers(at_step: Hook) -> tuple[pv.VAE, Any, dict[str, Any]]:
+    def count(step: int) -> float:
+        if in_training():
+            at_step(step)
+        return 1.0
+
+    loader: Any = DataLoader(
+        _Slow(binary(96)), 16, shuffle=True, num_workers=1, persistent_workers=True
+    )
+    return small_vae(), loader, {"kl_schedule": count}
+
+
+class _Slow(TensorDataset):
+    """Training waits for it nearly all the time."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        time.sleep(0.003)
+        return super().__getitem__(index)
+
+
 class _Hooked(DataLoader[Any]):
     """Shuffles, adds noise from the global generator (if it has one of its own), and calls the
     hook with the number of the step."""
@@ -111,11 +132,13 @@ JOBS: dict[str, Callable[[Hook], tuple[pv.VAE, Any, dict[str, Any]]]] = {
     "loader": _loader,
     "shuffled": _shuffled,
 }
+FURTHER = {"workers": _workers}
 
 
 def _child(name: str, folder: Path, counter: Any, log: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    os.setsid()  # with its children, a group that a terminal would send Ctrl-C to
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

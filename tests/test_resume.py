@@ -291,3 +291,22 @@ def test_ctrl_c_in_a_process(number: signal.Signals, whole: Any, tmp_path: Path)
     with process("array", folder) as (child, _):
         child.join(60)
     same_runs(whole("array", in_process=False), folder)
+
+
+def test_ctrl_c_in_a_terminal_does_not_kill_the_workers_of_a_loader(tmp_path: Path) -> None:
+    """It goes to all processes there are, and the step at hand may still wait for a batch."""
+    folder = tmp_path / "run"
+    with process("workers", folder) as (child, counter):
+        while counter.value < 4 and child.is_alive():
+            time.sleep(0.001)
+        time.sleep(0.02)  # while the next batch is waited for
+        os.killpg(child.pid, signal.SIGINT)
+        child.join(60)
+        assert child.exitcode == 1
+    log = folder.with_suffix(".log").read_text()
+    state = saved_state(folder)
+    assert f"holds the state after step {state['step']}" in log
+    assert state["step"] > 2
+    _, resumed = run("workers", folder, nothing, 4)
+    _, whole = run("workers", tmp_path / "whole", nothing, 4)
+    assert without_time(resumed.metrics) == without_time(whole.metrics)

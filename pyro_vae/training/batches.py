@@ -6,7 +6,9 @@ guide. The order within an epoch depends on its seed alone, so that it can be ta
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
@@ -115,7 +117,8 @@ class Streamed:
 
     What the loader yields, a tensor or a tuple of them, are the arguments of model and guide. Its
     order follows from the epoch's seed: a generator or distributed sampler of its own is seeded
-    anew at every epoch. With several processes give the loader a distributed sampler.
+    anew at every epoch. With several processes give the loader a distributed sampler. What a data
+    set draws by NumPy or `random`, or in persistent workers, is not seeded here.
 
     Args:
         loader: of known length.
@@ -142,12 +145,15 @@ class Streamed:
         return len(self.loader)
 
     def first(self) -> Batch:
-        batch = self._prepare(0, next(iter(self.loader)))
+        with _out_of_earshot():
+            batches = iter(self.loader)
+        batch = self._prepare(0, next(batches))
         return tuple(part[:2] if isinstance(part, Tensor) else part for part in batch)
 
     def epoch(self, seed: int, start: int = 0) -> Iterator[Batch]:
         self._seed(seed)
-        batches = enumerate(self.loader)
+        with _out_of_earshot():
+            batches = enumerate(self.loader)
         for _ in islice(batches, start):
             pass
         return (self._prepare(index, batch) for index, batch in batches)
@@ -221,6 +227,20 @@ def _fixed_source(
     split = as_split(data).fixed()
     check(split.x)
     return Resident(split, min(batch_size, len(split)), fabric.device, dtype)
+
+
+@contextmanager
+def _out_of_earshot() -> Iterator[None]:
+    """Processes started within it do not hear Ctrl-C, which a terminal sends to all of them: a
+    loader whose workers died of it could not serve the step that training is to finish."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def as_split(data: Any) -> Split:
