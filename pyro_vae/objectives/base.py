@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, Literal
 
 import pyro.infer
@@ -13,7 +12,8 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.errors import ConfigError, ShapeError, SiteError
+from pyro_vae.checks import at_least
+from pyro_vae.errors import ShapeError, SiteError
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
@@ -67,11 +67,14 @@ class Objective(pyro.infer.ELBO):
             one extra run at the first call that needs it.
 
     Raises:
-        ConfigError: `num_particles` is not a whole number of at least 1.
+        ConfigError: `num_particles` is not a whole number of at least 1, or `max_plate_nesting`
+            is none of at least 0.
     """
 
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = float("inf")) -> None:
-        check_number("num_particles", num_particles)
+        at_least("num_particles", num_particles, 1)
+        if max_plate_nesting != float("inf"):
+            at_least("max_plate_nesting", max_plate_nesting, 0)
         super().__init__(num_particles=num_particles)
         self.max_plate_nesting = max_plate_nesting
 
@@ -132,12 +135,6 @@ def posterior_means(run: Run, num_particles: int) -> dict[str, Tensor]:
         mean = mean if num_particles == 1 else mean.mean(0)
         means[name] = mean.reshape(-1, fn.event_shape.numel())
     return means
-
-
-def check_number(name: str, value: int) -> None:
-    """Raise `ConfigError` unless `value` is a whole number of at least 1."""
-    if not isinstance(value, Integral) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def frozen_sites(pair: Pair, run: Run, values: Mapping[str, Tensor]) -> dict[str, Site]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, SiteError
 from pyro_vae.objectives.base import (
     Objective,
     Terms,
-    check_number,
     check_reparametrized,
     frozen_sites,
     posterior_means,
@@ -59,8 +59,8 @@ class MIWAE(Objective):
     ) -> None:
         if gradient not in ("standard", "stl", "dreg"):
             raise ConfigError(f'gradient is "standard", "stl" or "dreg", got {gradient!r}')
-        check_number("num_particles", num_particles)
-        check_number("num_estimates", num_estimates)
+        at_least("num_particles", num_particles, 1)
+        at_least("num_estimates", num_estimates, 1)
         super().__init__(num_particles * num_estimates, max_plate_nesting)
         self.num_estimates = num_estimates
         self.gradient = gradient
