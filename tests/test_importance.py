@@ -375,6 +375,43 @@ def test_autonormal():
     assert gradient_of(loss, guide).abs().max() < 1e-10
 
 
+def test_a_model_that_observes_nothing_has_no_reconstruction():
+    def program(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    for gradient in ("standard", "stl", "dreg"):
+        terms = MIWAE(3, 2, gradient).terms(program, program, torch.zeros(4))
+        assert terms.loss == terms.reconstruction == terms.kl == 0
+
+
+def test_two_subsampled_plates_that_all_sites_are_in():
+    """Their scales multiply, and the logarithm; the guide is the posterior, so nothing varies."""
+    x = torch.randn(4, 5)
+    rows, columns = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
+
+    def plates():
+        return (
+            pyro.plate("rows", 4, subsample=rows, dim=-2),
+            pyro.plate("columns", 5, subsample=columns, dim=-1),
+        )
+
+    def model():
+        over_rows, over_columns = plates()
+        with over_rows as i, over_columns as j:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[i][:, j])
+
+    def guide():
+        over_rows, over_columns = plates()
+        with over_rows as i, over_columns as j:
+            pyro.sample("z", dist.Normal(x[i][:, j] / 2, 0.5**0.5))
+
+    evidence = norm(0, 2**0.5).logpdf(x[rows][:, columns]).sum()
+    for objective in (ELBO("monte_carlo"), IWAE(3), IWAE(3, "dreg"), MIWAE(2, 2, "stl")):
+        assert -objective.loss(model, guide) == pytest.approx(4 / 2 * 5 / 3 * evidence)
+
+
 def test_too_small_a_plate_nesting_is_refused():
     model, guide = linear_pair()
     with pytest.raises(ConfigError, match=r'plate "data" at site "z" is in dimension -1'):

@@ -4,6 +4,7 @@ Statistical tests hold the largest of at most 20 z-scores below 4.5: with a righ
 of them fails with a probability below 2e-4, and the seeds are fixed.
 """
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -176,6 +177,48 @@ def test_free_bits_hold_each_dimension_by_its_mean_over_the_data():
     terms = ELBO(free_bits=0.9 * high).terms(model, guide, x, 6, rows)
     held = np.maximum(kl[[4, 1]].mean(0), 0.9 * high).sum() * 6
     assert (terms.loss + terms.reconstruction).item() == pytest.approx(held)
+
+
+def test_a_number_is_one_dimension():
+    """In closed form: KL(N(0.4 x, 0.6) || N(0, 1)) of `top`, and the free bits that hold it."""
+    x = CHAIN_X.double()
+    expected = 0.5 * (0.36 + (0.4 * x) ** 2 - 1 - math.log(0.36)).sum()
+    terms = ELBO().terms(chain_model, top_down, x)
+    torch.testing.assert_close(terms.kl_per_dimension["top"], expected.reshape(1))
+    assert terms.kl.item() == pytest.approx(sum(kl.sum() for kl in terms.kl_per_dimension.values()))
+    held = ELBO(free_bits=100.0).terms(chain_model, top_down, x)
+    assert (held.loss + held.reconstruction).item() == pytest.approx(2 * 100 * len(x))
+
+    def one(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(one)
+    guide(x)  # its density is in two sites, and its "z" is a Delta with a part of it
+    assert not ELBO("auto").terms(one, guide, x).kl_per_dimension
+
+
+def test_the_dimensions_of_a_matrix():
+    """In the order of `flatten`, whichever estimator ran."""
+    loc = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+
+    def program(loc):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(2))
+
+    expected = 4 * 0.5 * loc.flatten() ** 2
+    pair = (lambda: program(torch.zeros(2, 3))), (lambda: program(loc))
+    torch.testing.assert_close(ELBO().terms(*pair).kl_per_dimension["z"], expected)
+    drawn = repeat(lambda: ELBO("monte_carlo").terms(*pair).kl_per_dimension["z"], 100)
+    assert z_scores(drawn, expected).abs().max() < BOUND
+    # a matrix of independent rows does not factorise as one of independent numbers does
+    rows = dist.MultivariateNormal(torch.zeros(3), torch.eye(3)).expand((2,)).to_event(1)
+
+    def of_rows():
+        with pyro.plate("data", 4):
+            pyro.sample("z", rows)
+
+    assert not ELBO("auto").terms(of_rows, pair[1]).kl_per_dimension
 
 
 def test_free_bits_need_dimensions():
@@ -381,7 +424,7 @@ def test_path_derivatives_refuse_guides_whose_parameters_cannot_be_stopped():
     for guide, match in (
         (registers, "module inside a plain function"),
         (unregistered, '"z" cannot be stopped'),
-        (WithDropout(), "another distribution at site"),
+        (WithDropout(), "another density at site"),
     ):
         with pytest.raises(SiteError, match=match):
             objective.differentiable_loss(model, guide, x)
@@ -450,6 +493,8 @@ def test_unregistered_kl():
         {"free_bits": float("nan")},
         {"num_particles": 2.5},
         {"num_particles": 0},
+        {"max_plate_nesting": -1},
+        {"max_plate_nesting": 1.5},
     ],
     ids=str,
 )
