@@ -361,7 +361,12 @@ def test_autoguides(autoguide, num_particles):
     theirs = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
     expected = seeded_loss(theirs, model, guide, x)
     assert seeded_loss(objective, model, guide, x) == pytest.approx(expected)
-    assert objective.terms(model, guide, x).estimators == {"z": "monte_carlo"}
+    terms = objective.terms(model, guide, x)
+    assert terms.estimators == {"z": "monte_carlo"}
+    assert (terms.kl - terms.reconstruction).item() == pytest.approx(terms.loss.item())
+    objective.free_bits = 1e-9
+    with pytest.raises(SiteError, match="does not split"):
+        objective.loss(model, guide, x)
     with pytest.raises(AnalyticKLError, match="Delta"):
         ELBO(kl="analytic").loss(model, guide, x)
 
