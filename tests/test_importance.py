@@ -278,6 +278,37 @@ def test_masks_and_scales_that_all_sites_share():
         assert -loss == pytest.approx((weight * evidence).sum())
 
 
+@pytest.mark.parametrize("gradient", ["standard", "stl", "dreg"])
+def test_data_that_are_masked_leave_the_prior_over_the_guide(gradient):
+    """A mask of the observed site alone: of those data the weights are p(z) / q(z)."""
+    x = linear_data()
+    model, guide = linear_pair()
+    keep = torch.tensor([True, False, True, False])
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+                fn = dist.Normal(z @ model.weight.T + model.bias, model.log_sigma.exp())
+                with poutine.mask(mask=keep):
+                    pyro.sample("x", fn.to_event(1), obs=x)
+
+    objective = IWAE(5, gradient, max_plate_nesting=1)
+    with Draws() as draws:
+        loss = objective.differentiable_loss(Masked(), guide, x)
+    z = draws.values["z"][0]
+    with torch.no_grad():
+        mean = (z @ model.weight.T + model.bias).numpy()
+    log_px = norm.logpdf(x.numpy(), mean, model.log_sigma.exp().item()).sum(-1)
+    log_w = log_weights(model, guide, x, z) - np.where(keep, 0.0, log_px)
+    assert -loss.item() == pytest.approx((logsumexp(log_w, axis=0) - math.log(5)).sum())
+    assert gradient_of(loss, guide).isfinite().all()
+
+
 def pixels_model(x: Tensor) -> None:
     """One latent a datum, several values of it: the plates are nested, and "data" is the outer."""
     with pyro.plate("data", len(x), dim=-2):

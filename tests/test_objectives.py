@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
+from torch.distributions import register_kl
 from toys import (
     LATENT,
     LinearGuide,
@@ -245,6 +246,27 @@ def test_a_subsampled_plate_counts_its_rows_for_all(kl):
     assert -drawn == pytest.approx(3 * exact[0].log_evidence(x[rows]).sum())
 
 
+@pytest.mark.parametrize("options", [{}, {"kl": "monte_carlo"}, {"num_particles": 3}], ids=str)
+def test_subsamples_average_to_the_whole_where_a_latent_is_global(options):
+    x = torch.tensor([0.3, -1.2, 2.0])
+
+    def model(rows):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3, subsample=rows) as rows:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(rows):
+        mu = pyro.sample("mu", dist.Normal(0.2, 0.6))
+        with pyro.plate("data", 3, subsample=rows):
+            pyro.sample("z", dist.Delta(0.5 * mu))  # so that nothing but mu is drawn
+
+    objective = ELBO(**{"kl": "auto", "max_plate_nesting": 1, **options})
+    parts = [seeded_loss(objective, model, guide, torch.tensor([i])) for i in range(3)]
+    assert np.mean(parts) == pytest.approx(seeded_loss(objective, model, guide, torch.arange(3)))
+    assert np.std(parts) > 0.1
+
+
 def test_scale_and_mask_of_both_programs():
     x = linear_data(6)
     model, guide = linear_pair(exact=True)
@@ -466,6 +488,33 @@ def test_missing_guide_site_is_named():
     linear, guide = linear_pair()
     with pytest.raises(SiteError, match=r'latent site "noise" is missing.*\[\'z\'\]'):
         ELBO().loss(model, guide, linear_data())
+
+
+class Shifted(dist.Normal):
+    """A user's own distribution."""
+
+
+@register_kl(Shifted, dist.StudentT)
+def kl_of_the_users_own(q, p):
+    return q.loc**2 + p.loc + q.scale
+
+
+def test_a_kl_that_the_user_registered():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.StudentT(3.0, torch.tensor([0.1, 0.2])).to_event(1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Shifted(x[:, :2], 0.5).to_event(1))
+
+    x = linear_data()
+    expected = (x[:, :2] ** 2 + torch.tensor([0.1, 0.2]) + 0.5).sum(0)
+    for objective in (ELBO(), ELBO("auto", num_particles=2)):
+        terms = objective.terms(model, guide, x)
+        assert terms.estimators == {"z": "analytic"}
+        torch.testing.assert_close(terms.kl_per_dimension["z"], expected)
+        torch.testing.assert_close(terms.loss, expected.sum())
 
 
 def test_unregistered_kl():
