@@ -61,7 +61,7 @@ class DiagonalNormal(nn.Module):
                 f"got {outputs.shape[-1]} network outputs"
             )
         loc, log_variance = outputs.chunk(2, dim=-1)
-        scale = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        scale = bounded_scale(log_variance, self.log_variance_range)
         return dist.Normal(loc, scale).to_event(1)
 
 
@@ -131,7 +131,7 @@ class FullRankNormal(nn.Module):
         loc, log_variance, below = outputs.split(
             [self.latent, self.latent, outputs.shape[-1] - 2 * self.latent], dim=-1
         )
-        diagonal = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        diagonal = bounded_scale(log_variance, self.log_variance_range)
         factor = diagonal.diag_embed()
         factor[..., self.rows, self.columns] = below
         return dist.MultivariateNormal(loc, scale_tril=factor)
@@ -205,7 +205,7 @@ class InverseAutoregressiveFlow(nn.Module):
         loc, log_variance, h = outputs.split(
             [self.latent, self.latent, self.context_features], dim=-1
         )
-        scale = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        scale = bounded_scale(log_variance, self.log_variance_range)
         steps = [
             AutoregressiveStep(network, h, order)
             for network, order in zip(self.networks, self.orders, strict=True)
@@ -292,6 +292,11 @@ class AutoregressiveStep(Transform):
             return self._remembered[1]
         _, gate = self._shift_and_gate(x)
         return logsigmoid(gate).sum(-1)
+
+
+def bounded_scale(log_variance: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """The standard deviation of a log-variance that is bent into bounds."""
+    return (0.5 * smooth_clamp(log_variance, *bounds)).exp()
 
 
 def smooth_clamp(x: Tensor, low: float, high: float) -> Tensor:

@@ -293,10 +293,10 @@ class Flow(nn.Module):
             context_features: size of the context.
 
         Raises:
-            ConfigError: `latent` is less than 2.
+            ConfigError: `latent` is no whole number of at least 2, or `transforms` of at least 1.
         """
-        if latent < 2:
-            raise ConfigError(f"a coupling flow needs at least two dimensions, got {latent}")
+        at_least("latent", latent, 2)
+        at_least("transforms", transforms, 1)
         zuko = _zuko()
         return cls(
             zuko.flows.NSF(

@@ -190,6 +190,8 @@ def test_mixture_learned_or_fixed():
         (lambda: priors.VampPrior(torch.nn.Identity(), 2.5, torch.zeros(2)), ConfigError),
         (lambda: priors.VampPrior(torch.nn.Identity(), 2, torch.zeros(2), noise=-1), ConfigError),
         (lambda: priors.Flow.spline(1), ConfigError),
+        (lambda: priors.Flow.spline(2.5), ConfigError),
+        (lambda: priors.Flow.spline(2, transforms=0), ConfigError),
     ],
 )
 def test_what_means_nothing_is_refused(make, error):
