@@ -53,6 +53,21 @@ def test_objectives_count_the_units_of_their_call(objective):
         objective.terms(model, linear_guide(weight), x[:1]).active_units()
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_means_are_a_row_a_datum_and_carry_no_gradient(num_particles):
+    x, weight = torch.randn(3, 2, 4), torch.randn(4, 5, requires_grad=True)
+
+    def program(loc):
+        with pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 2, dim=-1):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    objective = pv.ELBO(num_particles=num_particles)
+    pair = (lambda: program(torch.zeros(5))), (lambda: program(x @ weight))
+    means = objective.terms(*pair).means["z"]
+    torch.testing.assert_close(means, (x @ weight).detach().reshape(6, 5))
+    assert not means.requires_grad
+
+
 def test_a_guide_without_means_is_averaged_without_the_noise_of_its_draws():
     x = torch.randn(2000, 2)
 

@@ -21,8 +21,8 @@ def factors(q: Site, p: Site) -> bool:
     both = (q["fn"], p["fn"])
     if not any(fn.event_shape for fn in both):
         return not isinstance(q["fn"], Delta)
-    return all(isinstance(fn, Independent) for fn in both) and all(
-        fn.reinterpreted_batch_ndims == len(fn.event_shape) == len(q["fn"].event_shape)
+    return all(
+        isinstance(fn, Independent) and fn.reinterpreted_batch_ndims == len(fn.event_shape)
         for fn in both
     )
 
