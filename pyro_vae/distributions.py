@@ -287,6 +287,22 @@ class Categorical(dist.Categorical):
         return self.probs @ codes
 
 
+class SideBySide(constraints.Constraint):
+    """Constraints of the columns of a table. `constraints.cat` breaks where one of them has batch
+    dimensions of its own, as the support of a binomial has."""
+
+    def __init__(self, parts: Sequence[constraints.Constraint], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = parts, sizes
+        self.is_discrete = any(part.is_discrete for part in parts)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        pieces = value.split(list(self.sizes), -1)
+        checks = [p.check(x) for p, x in zip(self.parts, pieces, strict=True)]
+        batch = torch.broadcast_shapes(*(check.shape[:-1] for check in checks))
+        return torch.cat([check.expand(*batch, -1) for check in checks], -1)
+
+
 class Columnwise(TorchDistribution):
     """Distributions with scalar events side by side along the last batch dimension.
 
@@ -305,7 +321,7 @@ class Columnwise(TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.cat([part.support for part in self.parts], -1, self.sizes)
+        return SideBySide([part.support for part in self.parts], self.sizes)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Columnwise:
         *batch, _ = batch_shape

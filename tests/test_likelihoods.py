@@ -661,6 +661,36 @@ def test_columns_are_the_sum_of_their_kinds():
     assert z.abs().max() < 5  # 36 means: odds 2e-5
 
 
+def test_columns_of_every_kind_under_particles_and_holes():
+    kinds = [
+        L.Normal(scale="predicted"), L.Laplace(), L.StudentT(df=2.5), L.Bernoulli(),
+        L.ContinuousBernoulli(), L.Binomial(total_count=9), L.Categorical(num_categories=4),
+        L.DiscretizedLogistic(levels=16), L.Poisson(), L.NegativeBinomial(concentration=0.7),
+        L.ZeroInflatedNegativeBinomial(concentration="predicted"),
+    ]  # fmt: skip
+    network = pv.networks.MLP(2, [3], L.Columns.outputs(kinds))
+    likelihood = L.Columns(network, kinds)
+    z = torch.randn(4, 5, 2)
+    p = likelihood(z)
+    x = p.sample()[0]
+    likelihood.check(x)
+    own = [
+        part.log_prob(column)
+        for part, column in zip(p.base_dist.parts, x.split(1, -1), strict=True)
+    ]
+    torch.testing.assert_close(p.log_prob(x), torch.cat(own, -1).sum(-1))
+    holes = x.clone()
+    holes[1, ::2] = torch.nan
+    left_out = torch.cat(own, -1)[:, 1, ::2].sum(-1)
+    log_p = L.Incomplete(likelihood)(z).log_prob(holes)
+    torch.testing.assert_close(log_p[:, 1], p.log_prob(x)[:, 1] - left_out)
+    posterior = pv.posteriors.DiagonalNormal(pv.networks.MLP(len(kinds), [3], 4))
+    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, posterior)
+    for objective in (pv.ELBO(num_particles=3), pv.IWAE(3, "dreg")):
+        objective.differentiable_loss(vae.model, vae.guide, x).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in vae.parameters())
+
+
 def test_columns_refuse_by_the_tables_own_column():
     kinds, x = table()
     likelihood = L.Columns(RAW, kinds)
