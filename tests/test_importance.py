@@ -406,6 +406,41 @@ def test_autonormal():
     assert gradient_of(loss, guide).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_a_discrete_latent_whose_guide_does_not_learn(gradient):
+    """It is a constant of the path derivatives; the weights of the draws are scipy's."""
+    x = torch.tensor([0.4, -1.0])
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor([0.3, -0.2]))
+
+        def forward(self, x):
+            with pyro.plate("data", 2):
+                k = pyro.sample("k", dist.Bernoulli(0.3))
+                pyro.sample("z", dist.Normal(self.loc + k, 1.0))
+
+    def model(x):
+        with pyro.plate("data", 2):
+            k = pyro.sample("k", dist.Bernoulli(0.6))
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = Guide()
+    objective = IWAE(4, gradient, max_plate_nesting=1)
+    with Draws() as draws:
+        loss = objective.differentiable_loss(model, guide, x)
+    k, z = (draws.values[name][0].numpy() for name in ("k", "z"))
+    log_w = np.log(np.where(k == 1, 0.6 / 0.3, 0.4 / 0.7)) + norm.logpdf(z, k)
+    log_w += norm.logpdf(x.numpy(), z) - norm.logpdf(z, guide.loc.detach().numpy() + k)
+    assert -loss.item() == pytest.approx((logsumexp(log_w, axis=0) - math.log(4)).sum())
+    # d log w / dz at fixed k, by each weight squared for dreg and once for stl
+    slope = (x.numpy() - z) + (k - z) + (z - guide.loc.detach().numpy() - k)
+    share = np.exp(log_w - logsumexp(log_w, axis=0)) ** (2 if gradient == "dreg" else 1)
+    np.testing.assert_allclose(-gradient_of(loss, guide), (share * slope).sum(0))
+
+
 def test_a_model_that_observes_nothing_has_no_reconstruction():
     def program(x):
         with pyro.plate("data", len(x)):
