@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
@@ -473,9 +473,55 @@ def test_two_subsampled_plates_that_all_sites_are_in():
         with over_rows as i, over_columns as j:
             pyro.sample("z", dist.Normal(x[i][:, j] / 2, 0.5**0.5))
 
-    evidence = norm(0, 2**0.5).logpdf(x[rows][:, columns]).sum()
+    evidence = 4 / 2 * 5 / 3 * norm(0, 2**0.5).logpdf(x[rows][:, columns])
+    by_column = torch.tensor([1.0, 2.0, 0.5])
+    scaled = [poutine.scale(p, scale=by_column) for p in (model, guide)]
     for objective in (ELBO("monte_carlo"), IWAE(3), IWAE(3, "dreg"), MIWAE(2, 2, "stl")):
-        assert -objective.loss(model, guide) == pytest.approx(4 / 2 * 5 / 3 * evidence)
+        assert -objective.loss(model, guide) == pytest.approx(evidence.sum())
+        assert -objective.loss(*scaled) == pytest.approx((by_column.numpy() * evidence).sum())
+
+
+def test_two_plates_in_one_dimension_are_not_the_same_data():
+    """No plate holds all sites, so the weights are of everything together."""
+    x = {"a": torch.tensor([0.3, 0.9]), "b": torch.tensor([-0.4, 1.2])}
+
+    def model():
+        for name, observed in x.items():
+            with pyro.plate(name, 2, dim=-1):
+                z = pyro.sample(f"z_{name}", dist.Normal(0.0, 1.0))
+                pyro.sample(f"x_{name}", dist.Normal(z, 1.0), obs=observed)
+
+    def guide():
+        for name in x:
+            with pyro.plate(name, 2, dim=-1):
+                pyro.sample(f"z_{name}", dist.Normal(0.2, 0.8))
+
+    with Draws() as draws:
+        loss = IWAE(3, max_plate_nesting=1).loss(model, guide)
+    log_w = np.zeros(3)
+    for name, observed in x.items():
+        z = draws.values[f"z_{name}"][0].numpy()
+        log_w += (norm.logpdf(z) + norm.logpdf(observed, z) - norm.logpdf(z, 0.2, 0.8)).sum(1)
+    assert -loss == pytest.approx(logsumexp(log_w) - math.log(3))
+
+
+def test_a_guide_that_draws_all_data_at_once_has_joint_weights():
+    x = torch.tensor([0.3, 0.9, -0.4])
+
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoMultivariateNormal(model)
+    guide(x)
+    with Draws() as draws:
+        loss = IWAE(5, max_plate_nesting=1).loss(model, guide, x)
+    z = draws.values["z"][0].numpy().reshape(5, 3)
+    factor = (guide.scale[:, None] * guide.scale_tril).detach().numpy()
+    log_q = multivariate_normal(guide.loc.detach().numpy(), factor @ factor.T).logpdf(z)
+    log_w = (norm.logpdf(z) + norm.logpdf(x.numpy(), z)).sum(1) - log_q
+    assert -loss == pytest.approx(logsumexp(log_w) - math.log(5))
 
 
 def test_too_small_a_plate_nesting_is_refused():
