@@ -32,32 +32,34 @@ class Noise:
 
 @dataclass(frozen=True)
 class Reference:
-    """A gradient to compare with; `variance` is the trace of its covariance, 0 where exact."""
+    """A gradient to compare with, and the variance of each of its coordinates, 0 where exact."""
 
     gradient: Tensor
-    variance: float = 0.0
+    variance: Tensor
+
+    def __getitem__(self, coordinates: Tensor) -> Reference:
+        return Reference(self.gradient[coordinates], self.variance[coordinates])
 
 
-def measure(
-    loss: Loss,
-    groups: Mapping[str, list[Tensor]],
-    references: Mapping[str, Reference],
-    draws: int,
-    seed: int,
-) -> dict[str, Noise]:
-    """Draw the gradient of `loss` `draws` times and compare with a reference, group by group.
+def draw_gradients(
+    loss: Loss, groups: Mapping[str, list[Tensor]], draws: int, seed: int
+) -> dict[str, Tensor]:
+    """The gradient of `loss` `draws` times, by group, `(draws, coordinates)`.
 
     Args:
         groups: parameters by group; each is flattened into one vector.
-        references: of each group, flattened.
     """
     samples = {name: [] for name in groups}
     for i in range(draws):
         with seeded(derive(seed, i)):
             for name, gradient in gradients(loss(), groups).items():
                 samples[name].append(gradient)
-    scale = sum(float(r.gradient.square().sum()) for r in references.values())
-    return {name: _noise(torch.stack(samples[name]), references[name], scale) for name in groups}
+    return {name: torch.stack(samples[name]) for name in groups}
+
+
+def squared_norm(references: Mapping[str, Reference]) -> float:
+    """|exact gradient of all parameters|^2."""
+    return sum(float(r.gradient.square().sum()) for r in references.values())
 
 
 def gradients(loss: Tensor, groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -69,7 +71,9 @@ def gradients(loss: Tensor, groups: Mapping[str, list[Tensor]]) -> dict[str, Ten
     }
 
 
-def _noise(samples: Tensor, reference: Reference, scale: float) -> Noise:
+def noise(samples: Tensor, reference: Reference, scale: float) -> Noise:
+    """How drawn gradients, `(draws, coordinates)`, err about a reference; `scale` is the
+    `squared_norm`."""
     draws = len(samples)
     samples = samples.double()
     mean, total = samples.mean(0), float(samples.var(0).sum())
@@ -77,7 +81,7 @@ def _noise(samples: Tensor, reference: Reference, scale: float) -> Noise:
     # between the coordinates makes larger, is taken from the draws through their Gram matrix
     centred = samples - mean
     gram = centred @ centred.T / (draws - 1)
-    expected = total / draws + reference.variance
+    expected = total / draws + float(reference.variance.sum())
     spread = float((2 * gram.square().sum()).sqrt()) * expected / total if total > 0 else 0.0
     distance = float((mean - reference.gradient.double()).square().sum())
     return Noise(total / scale, (distance - expected) / spread if spread > 0 else 0.0)
@@ -85,7 +89,10 @@ def _noise(samples: Tensor, reference: Reference, scale: float) -> Noise:
 
 def exact(loss: Tensor, groups: Mapping[str, list[Tensor]]) -> dict[str, Reference]:
     """The gradient of a loss that is known in closed form."""
-    return {name: Reference(g.double()) for name, g in gradients(loss, groups).items()}
+    return {
+        name: Reference(g.double(), torch.zeros_like(g, dtype=torch.float64))
+        for name, g in gradients(loss, groups).items()
+    }
 
 
 def long_run(objective: Objective, vae: pv.VAE, x: Tensor, groups: Mapping[str, list[Tensor]],
@@ -96,13 +103,13 @@ def long_run(objective: Objective, vae: pv.VAE, x: Tensor, groups: Mapping[str, 
         with seeded(derive(seed, i)):
             loss = objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
         for name, g in gradients(loss, groups).items():
-            total[name] = total[name] + g
+            total[name] = total[name] + g.double()
             squares[name] = squares[name] + g.double().square()
     references = {}
     for name in groups:
         mean = total[name] / repeats
-        variance = (squares[name] / repeats - mean.square()).sum() / (repeats - 1)
-        references[name] = Reference(mean, float(variance))
+        variance = (squares[name] / repeats - mean.square()) / (repeats - 1)
+        references[name] = Reference(mean, variance)
     return references
 
 
@@ -133,3 +140,15 @@ def parameter_groups(vae: pv.VAE) -> dict[str, list[Tensor]]:
         "decoder": decoder + own,
     }
     return {name: group for name, group in groups.items() if group}
+
+
+def dimensions_of_head(vae: pv.VAE) -> list[Tensor]:
+    """Of the gradient of the group "encoder head", the coordinates of each latent dimension: those
+    of the weights and biases that make its mean and its log-variance."""
+    *_, head = [m for m in vae.posterior.modules() if isinstance(m, nn.Linear)]
+    outputs, inputs = head.weight.shape
+    rows = torch.arange(outputs * inputs).reshape(outputs, inputs)
+    biases = outputs * inputs + torch.arange(outputs)
+    by_output = torch.cat([rows, biases.unsqueeze(1)], 1)
+    means, log_variances = by_output.chunk(2)
+    return list(torch.cat([means, log_variances], 1))

@@ -8,8 +8,8 @@ Same model, data, seeds and batches for every estimator. Three studies:
 1. noise: variance and bias of the gradient by group of parameters and by latent dimension, at
    the start, in the middle and at the end of training, with 1, 5 and 50 particles, by size of the
    latent space and of the batch; against the exact gradient (linear decoder) or that of 10,000
-   particles.
-2. time: a step of each estimator, all taken in turn.
+   particles. With `--data digits` only.
+2. time: an eager step of each estimator, all taken in turn.
 3. training: ELBO and importance-sampled log p(x) of validation data through training, over seeds,
    with N(0, I) and with a VampPrior (which has no analytic KL), and the time to a given ELBO.
 """
@@ -19,21 +19,26 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import pyro_vae as pv
 from benchmarks import report
 from benchmarks.gradient_noise import (
+    Reference,
+    dimensions_of_head,
+    draw_gradients,
     exact,
     linear_elbo,
     long_run,
-    measure,
+    noise,
     parameter_groups,
+    squared_norm,
 )
 from pyro_vae.objectives import Objective
 from pyro_vae.seeding import derive, seeded
@@ -75,76 +80,79 @@ def make_vae(data: pv.Data, latent: int, hidden: Sequence[int], seed: int, prior
     return pv.VAE(p, likelihood, posterior)
 
 
+def stages(data: pv.Data, latent: int, linear: bool) -> Iterator[tuple[str, pv.VAE]]:
+    """A VAE at the start, in the middle and at the end of its training."""
+    vae = make_vae(data, latent, [64], seed=1, linear=linear)
+    done = 0
+    for stage, epochs in STAGES.items():
+        if epochs > done:
+            pv.fit(vae, data, objective=pv.ELBO(), epochs=epochs - done, seed=epochs)
+            done = epochs
+        yield stage, vae
+
+
 def noise_study(data: pv.Data, draws: int, repeats: int) -> list[dict[str, Any]]:
     """Study 1: a row for every setting, estimator and group."""
     rows: list[dict[str, Any]] = []
     settings = [(linear, latent, 64) for linear in (True, False) for latent in (2, 10, 32)]
     settings += [(False, 10, batch) for batch in (8, 512)]
     for linear, latent, batch in settings:
-        vae = make_vae(data, latent, [64], seed=1, linear=linear)
         x = data.train.fixed().x[:batch]
-        done = 0
-        for stage, epochs in STAGES.items():
-            if epochs > done:
-                pv.fit(vae, data, objective=pv.ELBO(), epochs=epochs - done, seed=epochs)
-                done = epochs
+        for stage, vae in stages(data, latent, linear):
             where = {"decoder": "linear" if linear else "mlp", "latent": latent, "batch": batch,
                      "stage": stage}  # fmt: skip
-            rows += [where | row for row in _noise_at(vae, x, linear, draws, repeats)]
+            references, found = draws_at(vae, x, linear, draws, repeats)
+            scale = squared_norm(references)
+            for how, samples in found:
+                for group, reference in references.items():
+                    measured = noise(samples[group], reference, scale)
+                    rows.append(where | how | {"group": group} | vars(measured))
             print(f"noise: {where}")
     return rows
 
 
-def _noise_at(
+def dimension_study(data: pv.Data, draws: int, repeats: int) -> list[dict[str, Any]]:
+    """Study 1 by latent dimension, beside its KL: noise of the encoder's last layer."""
+    rows: list[dict[str, Any]] = []
+    x = data.train.fixed().x[:64]
+    for linear in (True, False):
+        for stage, vae in stages(data, 10, linear):
+            where = {"decoder": "linear" if linear else "mlp", "stage": stage}
+            with torch.no_grad():
+                kl = pv.ELBO().terms(vae.model, vae.guide, x).kl_per_dimension["z"] / len(x)
+            references, found = draws_at(vae, x, linear, draws, repeats)
+            head, scale = references["encoder head"], squared_norm(references)
+            for how, samples in found:
+                for j, own in enumerate(dimensions_of_head(vae)):
+                    measured = noise(samples["encoder head"][:, own], head[own], scale)
+                    rows.append(where | how | {"dimension": j, "kl": kl[j].item()} | vars(measured))
+            print(f"by dimension: {where}")
+    return rows
+
+
+def draws_at(
     vae: pv.VAE, x: Tensor, linear: bool, draws: int, repeats: int
-) -> list[dict[str, Any]]:
+) -> tuple[dict[str, Reference], Iterator[tuple[dict[str, Any], dict[str, Tensor]]]]:
+    """The gradient to compare with, and the gradients that each estimator draws."""
     groups = parameter_groups(vae)
     if linear:
         references = exact(linear_elbo(vae, x), groups)
     else:
         references = long_run(ESTIMATORS["analytic"](100), vae, x, groups, repeats, seed=7)
-    rows = []
-    for name, make in ESTIMATORS.items():
-        for particles in (1, 5, 50):
-            objective = make(particles)
-            few = max(20, draws // particles)
 
-            def loss(objective: Objective = objective) -> Tensor:
-                return objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
+    def found() -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        for name, make in ESTIMATORS.items():
+            for particles in (1, 5, 50):
+                objective = make(particles)
+                few = max(20, draws // particles)
 
-            for group, noise in measure(loss, groups, references, few, seed=11).items():
-                rows.append({
-                    "estimator": name, "particles": particles, "group": group, "draws": few,
-                    "variance": noise.variance, "bias_z": noise.bias_z,
-                })  # fmt: skip
-    return rows
+                def loss(objective: Objective = objective) -> Tensor:
+                    return objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
 
+                how = {"estimator": name, "particles": particles, "draws": few}
+                yield how, draw_gradients(loss, groups, few, seed=11)
 
-def dimension_study(data: pv.Data, draws: int) -> list[dict[str, Any]]:
-    """Variance of the gradient of each latent mean and log-variance, beside the dimension's KL."""
-    latent = 10
-    vae = make_vae(data, latent, [64], seed=1)
-    pv.fit(vae, data, objective=pv.ELBO(), epochs=STAGES["end"], seed=1)
-    x = data.train.fixed().x[:64]
-    with torch.no_grad():
-        kl = pv.ELBO().terms(vae.model, vae.guide, x).kl_per_dimension["z"] / len(x)
-    bias = parameter_groups(vae)["encoder head"][-1]
-    rows: list[dict[str, Any]] = []
-    for name, make in ESTIMATORS.items():
-        objective = make(1)
-        samples = []
-        for i in range(draws):
-            with seeded(derive(3, i)):
-                loss = objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
-            samples.append(torch.autograd.grad(loss, bias)[0])
-        mean_variance, log_variance_variance = torch.stack(samples).var(0).chunk(2)
-        rows += [
-            {"estimator": name, "dimension": j, "kl": kl[j].item(),
-             "variance_of_mean": mean_variance[j].item(),
-             "variance_of_log_variance": log_variance_variance[j].item()}
-            for j in range(latent)
-        ]  # fmt: skip
-    return rows
+    return references, found()
 
 
 def time_study(
@@ -244,13 +252,24 @@ def _steps_to(run: dict[str, Any], target: float) -> float:
     raise ValueError(f"the ELBO never reached {target}")
 
 
-def draw(noise: list[dict[str, Any]], runs: list[dict[str, Any]], title: str) -> Figure:
-    """Gradient variance by stage, and log p(x) through training."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+def draw(results: dict[str, Any], title: str) -> Figure:
+    """Gradient variance by stage and by dimension, where it was studied, and log p(x) through
+    training."""
+    panels = [(_draw_curves, "normal"), (_draw_curves, "vamp")]
+    if "noise" in results:
+        panels = [(_draw_stages, ""), (_draw_dimensions, ""), *panels]
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    for axes, (panel, prior) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        panel(axes, results, prior, title)
+        axes.legend(fontsize=6)
+    return figure
+
+
+def _draw_stages(axes: Axes, results: dict[str, Any], *_: str) -> None:
     chosen = [
-        r for r in noise if r["decoder"] == "mlp" and r["batch"] == 64 and r["particles"] == 1
-    ]
+        r for r in results["noise"]
+        if r["decoder"] == "mlp" and r["batch"] == 64 and r["particles"] == 1
+    ]  # fmt: skip
     for latent, marker in ((2, "o"), (10, "s"), (32, "^")):
         for name, color in COLORS.items():
             y = [
@@ -258,24 +277,39 @@ def draw(noise: list[dict[str, Any]], runs: list[dict[str, Any]], title: str) ->
                     if (r["latent"], r["estimator"], r["stage"]) == (latent, name, stage))
                 for stage in STAGES
             ]  # fmt: skip
-            left.plot(list(STAGES), y, marker + "-", color=color, label=f"{name}, {latent} latents")
-    left.set(yscale="log", ylabel="gradient variance / |exact gradient|²", title="noise of a draw")
-    left.legend(fontsize=6)
-    for axes, prior in ((middle, "normal"), (right, "vamp")):
+            axes.plot(list(STAGES), y, marker + "-", color=color, label=f"{name}, {latent} latents")
+    axes.set(yscale="log", ylabel="gradient variance / |exact gradient|²", title="noise of a draw")
+
+
+def _draw_dimensions(axes: Axes, results: dict[str, Any], *_: str) -> None:
+    for stage, marker in (("start", "o"), ("end", "s")):
         for name, color in COLORS.items():
-            mine = [r for r in runs if r["prior"] == prior and r["estimator"] == name]
-            if not mine:
-                continue
-            epochs = list(mine[0]["valid_log_px"])
-            curves = torch.tensor([list(r["valid_log_px"].values()) for r in mine])
-            mean, sd = curves.mean(0), curves.std(0)
-            axes.plot(epochs, mean, color=color, label=name)
-            axes.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2)
-        axes.set(
-            xlabel="epoch", ylabel="validation log p(x), nats", title=f"{title}, {prior} prior"
-        )
-        axes.legend()
-    return figure
+            chosen = [
+                r for r in results["by_dimension"]
+                if (r["decoder"], r["stage"], r["estimator"], r["particles"])
+                == ("mlp", stage, name, 1)
+            ]  # fmt: skip
+            axes.plot(
+                [r["kl"] for r in chosen], [r["variance"] for r in chosen],
+                marker, color=color, label=f"{name}, {stage}",
+            )  # fmt: skip
+    axes.set(
+        xscale="log", yscale="log", xlabel="KL of the latent dimension, nats",
+        ylabel="variance of its mean's and log-variance's gradient", title="by latent dimension",
+    )  # fmt: skip
+
+
+def _draw_curves(axes: Axes, results: dict[str, Any], prior: str, title: str) -> None:
+    for name, color in COLORS.items():
+        mine = [r for r in results["training"] if (r["prior"], r["estimator"]) == (prior, name)]
+        if not mine:
+            continue
+        epochs = list(mine[0]["valid_log_px"])
+        curves = torch.tensor([list(r["valid_log_px"].values()) for r in mine])
+        mean, sd = curves.mean(0), curves.std(0)
+        axes.plot(epochs, mean, color=color, label=name)
+        axes.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2)
+    axes.set(xlabel="epoch", ylabel="validation log p(x), nats", title=f"{title}, {prior} prior")
 
 
 def main() -> None:
@@ -284,34 +318,40 @@ def main() -> None:
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--retime", action="store_true", help="repeat study 2 only (on a quiet machine)"
-    )
+        "--only", nargs="+", choices=["training", "noise", "dimensions", "time"],
+        help="repeat these studies and keep the results of the others",
+    )  # fmt: skip
     options = parser.parse_args()
-    digits = pv.datasets.load("digits", binarize="dynamic")
     if options.data == "digits":
-        data, latent, hidden, epochs, every = digits, 10, [128], 200, 10
+        data = pv.datasets.load("digits", binarize="dynamic")
+        latent, hidden, epochs, every = 10, [128], 200, 10
     else:
         data = pv.datasets.load("mnist", binarize="dynamic")
         latent, hidden, epochs, every = 50, [200, 200], 20, 2
+    studies: dict[str, tuple[str, Callable[[], Any]]] = {
+        "training": (
+            "training", lambda: training_study(data, latent, hidden, epochs, every, options.seeds)
+        ),
+        "time": ("milliseconds_a_step", lambda: time_study(data, latent, hidden, steps=300)),
+    }  # fmt: skip
+    if options.data == "digits":
+        studies["noise"] = "noise", lambda: noise_study(data, draws=200, repeats=100)
+        studies["dimensions"] = "by_dimension", lambda: dimension_study(data, 200, repeats=100)
+
     name = f"kl_estimators_{options.data}"
-    if options.retime:
-        found = report.read(name)["results"]
-        for run in found["training"]:  # JSON has made text of the epochs
-            run["valid_log_px"] = {int(e): value for e, value in run["valid_log_px"].items()}
-    else:
-        found = {
-            "training": training_study(data, latent, hidden, epochs, every, options.seeds),
-            "noise": noise_study(digits, draws=200, repeats=100),
-            "by_dimension": dimension_study(digits, draws=500),
-        }
-    milliseconds = time_study(data, latent, hidden, steps=300)
-    summary = summarise(found["training"], milliseconds)
-    results = {**found, "milliseconds_a_step": milliseconds, "summary": summary}
-    for row in summary:
+    held = report.read(name)["results"] if options.only else {}
+    results = {
+        key: run() if options.only is None or study in options.only else held[key]
+        for study, (key, run) in studies.items()
+    }
+    for run in results["training"]:  # JSON makes text of the epochs
+        run["valid_log_px"] = {int(e): value for e, value in run["valid_log_px"].items()}
+    results["summary"] = summarise(results["training"], results["milliseconds_a_step"])
+    for row in results["summary"]:
         print(row)
-    print(milliseconds)
+    print(results["milliseconds_a_step"])
     command = f"python -m benchmarks.kl_estimators --data {options.data}"
-    report.write(name, command, results, draw(found["noise"], found["training"], options.data))
+    report.write(name, command, results, draw(results, options.data))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from benchmarks.report import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 PARTS = ("train", "test")
+STAGES, OTHERS = ("start", "middle", "end"), ("monte_carlo", "stl")
+SOURCES = {"kl_noise": "kl_estimators_digits"}  # of tables that share their results with others
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -61,6 +63,7 @@ def kl_estimators_digits(report: dict[str, Any]) -> str:
             row["estimator"],
             f"{row['log_px']:.2f} ± {row['sd']:.2f}",
             f"{row['gain_over_monte_carlo']:+.3f} ± {row['gain_se']:.3f}",
+            f"{sum(row['steps_to_target']) / row['seeds']:,.0f}",
             f"{row['seconds_to_target']:.1f} s",
             f"{step[row['prior']][row['estimator']]:.2f} ms",
         ]
@@ -71,10 +74,38 @@ def kl_estimators_digits(report: dict[str, Any]) -> str:
         "KL",
         "log p(x), sd over seeds",
         "gain over Monte Carlo",
-        "to target",
-        "a step",
+        "steps to target",
+        "time to target",
+        "an eager step",
     ]
     return table(head, rows)
+
+
+def kl_noise(report: dict[str, Any]) -> str:
+    """`benchmarks.kl_estimators`: the variance of the encoder's gradient, one draw of 64 data."""
+
+    def variance(decoder: str, latent: int, stage: str, estimator: str) -> float:
+        at = {
+            "decoder": decoder, "latent": latent, "batch": 64, "stage": stage,
+            "estimator": estimator, "particles": 1,
+        }  # fmt: skip
+        return sum(
+            row["variance"]
+            for row in report["results"]["noise"]
+            if at.items() <= row.items() and row["group"].startswith("encoder")
+        )
+
+    def over_analytic(*where: Any) -> list[str]:
+        others = (variance(*where, name) / variance(*where, "analytic") for name in OTHERS)
+        return [f"{ratio:.3g}" for ratio in others]
+
+    rows = [
+        [decoder, str(latent), *(r for s in STAGES for r in over_analytic(decoder, latent, s))]
+        for decoder in ("mlp", "linear")
+        for latent in (2, 10, 32)
+    ]
+    head = [f"{short}, {stage}" for stage in STAGES for short in ("Monte Carlo", "STL")]
+    return table(["decoder", "latents", *head], rows)
 
 
 def mnist_parts(report: dict[str, Any]) -> str:
@@ -303,7 +334,7 @@ def render(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match.group(2)
         make: Callable[[dict[str, Any]], str] = globals()[name]
-        report = json.loads((RESULTS / f"{name}.json").read_text())
+        report = json.loads((RESULTS / f"{SOURCES.get(name, name)}.json").read_text())
         return match.group(1) + make(report) + match.group(3)
 
     return MARKED.sub(fill, text)

@@ -12,7 +12,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.checks import at_least
+from pyro_vae.errors import ShapeError
 from pyro_vae.seeding import seeded
 from pyro_vae.typing import Program
 
@@ -66,11 +67,11 @@ def active_units(
         seed: of the draws.
 
     Raises:
-        ConfigError: `num_samples` is less than 2.
+        ConfigError: `num_samples` is no whole number of at least 2, or `batch_size` of at least 1.
         ShapeError: fewer than two data, or a site that has no row for each.
     """
-    if num_samples < 2:
-        raise ConfigError(f"num_samples must be at least 2, got {num_samples}")
+    at_least("num_samples", num_samples, 2)
+    at_least("batch_size", batch_size, 1)
     if len(x) < 2:
         raise ShapeError(f"a covariance over the data needs at least two, got {len(x)}")
     with seeded(seed), programs.evaluating(guide):
@@ -108,7 +109,7 @@ def _site_means(guide: Program, x: Tensor) -> dict[str, Tensor]:
                 raise ShapeError(
                     f'site "{name}" has shape {shape}: no row for each of {len(x)} data'
                 )
-            means[name] = mean.reshape(len(x), -1)
+            means[name] = mean.reshape(len(x), -1).to(torch.promote_types(mean.dtype, torch.float))
     return means
 
 

@@ -1,12 +1,13 @@
 """Distributions that torch and Pyro lack, or compute from clamped or cancelling quantities.
 
 Each has scalar events and is parametrised by what a network can output without a bound that would
-be reached: logits, log-rates, locations. All log-densities are in nats and exact in float32 and
-float64 alike up to rounding; no probability is clamped.
+be reached: logits, log-rates, locations. All log-densities are in nats; no probability is clamped,
+and no large terms are subtracted that nearly cancel, so that float32 serves as well as float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from pyro_vae.typing import Distribution
 
@@ -51,7 +52,7 @@ class ContinuousBernoulli(TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Any = EMPTY) -> Tensor:
         logits = self.logits.expand(self._extended_shape(sample_shape))
-        rate = logits.abs().clamp(min=torch.finfo(logits.dtype).tiny)
+        rate = logits.abs().clamp(min=torch.finfo(logits.dtype).eps)  # below, it is uniform
         # an exponential of this rate truncated to [0, 1], by inversion
         x = -(torch.rand_like(logits) * torch.expm1(-rate)).log1p() / rate
         return torch.where(logits > 0, 1 - x, x)
@@ -164,7 +165,12 @@ class Levels(constraints.Constraint):
 
 
 class Poisson(TorchDistribution):
-    """Counts, from the logarithm of their rate, which may be arbitrarily small."""
+    """Counts, from the logarithm of their rate, which may be arbitrarily small.
+
+    For x > 0 the log-mass is -D(x, mu) - r(x): the deviance D(x, mu) = x log(x / mu) - x + mu and
+    what Stirling's formula leaves of log x! (after Loader 2000). They are of the size of the
+    result, where x log mu, mu and log x! are large and nearly cancel.
+    """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"log_rate": constraints.real}
     support = constraints.nonnegative_integer
@@ -179,7 +185,10 @@ class Poisson(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return value * self.log_rate - self.log_rate.exp() - torch.lgamma(value + 1)
+        counted = value > 0
+        log_x = torch.where(counted, value, 1.0).log()
+        some = -deviance(value, self.log_rate - log_x) - stirling_rest(value, log_x)
+        return torch.where(counted, some, -self.log_rate.exp())
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = EMPTY) -> Tensor:
@@ -193,8 +202,11 @@ class Poisson(TorchDistribution):
 class NegativeBinomial(TorchDistribution):
     """Counts of mean mu = exp(log_rate) and variance mu + mu^2 / theta.
 
-    Tends to the Poisson as theta grows, in float32 as well: the two log-gammas of theta are
-    subtracted before they are evaluated (see `log_rising_factorial`).
+    With n = x + theta and p = mu / (theta + mu) the log-mass is
+
+        -D(x, n p) - D(theta, n (1 - p)) + log(theta / n) + r(n) - r(theta) - r(x),
+
+    by the deviance D and Stirling's rest r (see `Poisson`), to which it tends as theta grows.
 
     Args:
         log_rate: log mu.
@@ -220,14 +232,21 @@ class NegativeBinomial(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        theta = self.concentration
-        logits = self.log_rate - theta.log()  # of mu / (theta + mu)
-        return (
-            log_rising_factorial(theta, value)
-            - torch.lgamma(value + 1)
-            - theta * softplus(logits)
-            + value * logsigmoid(logits)
+        theta, log_theta = self.concentration, self.concentration.log()
+        logits = self.log_rate - log_theta  # of p
+        growth = (value / theta).log1p()  # log(n / theta)
+        log_ratio = growth + logsigmoid(-logits)  # of n (1 - p) to theta, and of n p to mu
+        counted = value > 0
+        log_x = torch.where(counted, value, 1.0).log()
+        of_x = deviance(value, self.log_rate - log_x + log_ratio)
+        of_theta = deviance(theta, log_ratio)
+        rest = (
+            stirling_rest(value + theta, log_theta + growth)
+            - stirling_rest(theta, log_theta)
+            - stirling_rest(value, log_x)
         )
+        # D(0, n p) is n p
+        return rest - torch.where(counted, of_x, theta * logits.sigmoid()) - of_theta - growth
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = EMPTY) -> Tensor:
@@ -239,22 +258,24 @@ class NegativeBinomial(TorchDistribution):
         return self.log_rate.exp()
 
 
-def log_rising_factorial(a: Tensor, n: Tensor) -> Tensor:
-    """log Gamma(a + n) - log Gamma(a) for a > 0 and n >= 0, without cancellation for large a.
+def deviance(x: Tensor, log_ratio: Tensor) -> Tensor:
+    """x log(x / m) - x + m for m = x e^log_ratio: not negative, and 0 at m = x."""
+    return x * (torch.expm1(log_ratio) - log_ratio)
 
-    Above 16 the difference of the two Stirling series is taken term by term; four terms of the
-    series leave an error below 1e-13.
+
+def stirling_rest(n: Tensor, log_n: Tensor) -> Tensor:
+    """log Gamma(n + 1) - (n log n - n) for n >= 0: about log(2 pi n) / 2.
+
+    Above 16 by the series of its rest, whose four terms leave an error below 1e-13.
+
+    Args:
+        log_n: log n, and anything finite at n = 0.
     """
-    large = a > 16
-
-    def tail(y: Tensor) -> Tensor:
-        s = 1 / y**2
-        return (1 - s / 30 * (1 - s * 2 / 7 * (1 - s * 3 / 4))) / (12 * y)
-
-    b = torch.where(large, a, 16.0)
-    stirling = (b - 0.5) * (n / b).log1p() + n * (b + n).log() - n + tail(b + n) - tail(b)
-    small = torch.where(large, 1.0, a)
-    return torch.where(large, stirling, torch.lgamma(small + n) - torch.lgamma(small))
+    s = 1 / n.clamp(min=16.0)
+    t = s * s
+    series = s / 12 * (1 - t / 30 * (1 - t * 2 / 7 * (1 - t * 3 / 4)))
+    large = 0.5 * (log_n + math.log(2 * math.pi)) + series
+    return torch.where(n > 16, large, torch.lgamma(n + 1) - n * log_n + n)
 
 
 class Categorical(dist.Categorical):
@@ -264,6 +285,22 @@ class Categorical(dist.Categorical):
     def mean(self) -> Tensor:
         codes = torch.arange(self.probs.shape[-1], dtype=self.probs.dtype, device=self.probs.device)
         return self.probs @ codes
+
+
+class SideBySide(constraints.Constraint):
+    """Constraints of the columns of a table. `constraints.cat` breaks where one of them has batch
+    dimensions of its own, as the support of a binomial has."""
+
+    def __init__(self, parts: Sequence[constraints.Constraint], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = parts, sizes
+        self.is_discrete = any(part.is_discrete for part in parts)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        pieces = value.split(list(self.sizes), -1)
+        checks = [p.check(x) for p, x in zip(self.parts, pieces, strict=True)]
+        batch = torch.broadcast_shapes(*(check.shape[:-1] for check in checks))
+        return torch.cat([check.expand(*batch, -1) for check in checks], -1)
 
 
 class Columnwise(TorchDistribution):
@@ -284,7 +321,7 @@ class Columnwise(TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.cat([part.support for part in self.parts], -1, self.sizes)
+        return SideBySide([part.support for part in self.parts], self.sizes)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Columnwise:
         *batch, _ = batch_shape

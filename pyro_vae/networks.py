@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, ShapeError
 
 
@@ -180,8 +180,7 @@ def check_sizes(*sizes: int) -> list[int]:
         ConfigError: one of them is not a whole number of at least 1.
     """
     for size in sizes:
-        if not isinstance(size, Integral) or size < 1:
-            raise ConfigError(f"sizes are whole numbers of at least 1, got {size!r} in {sizes}")
+        at_least(f"every size of {sizes}", size, 1)
     return list(sizes)
 
 

@@ -6,6 +6,7 @@ Contract: `forward(x, context=None) -> Distribution` with the batch shape of `x`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints, register_kl
 from torch.nn.functional import logsigmoid, softplus
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.networks import concatenate
 from pyro_vae.typing import Conditional, Distribution
@@ -34,6 +36,9 @@ class DiagonalNormal(nn.Module):
     Args:
         network: maps `(..., features)` to `(..., 2 * latent)`.
         log_variance_range: the bounds.
+
+    Raises:
+        ConfigError: the bounds are not finite and in order.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class DiagonalNormal(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.log_variance_range = log_variance_range
+        self.log_variance_range = check_range(log_variance_range)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
         """q(z|x).
@@ -56,7 +61,7 @@ class DiagonalNormal(nn.Module):
                 f"got {outputs.shape[-1]} network outputs"
             )
         loc, log_variance = outputs.chunk(2, dim=-1)
-        scale = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        scale = bounded_scale(log_variance, self.log_variance_range)
         return dist.Normal(loc, scale).to_event(1)
 
 
@@ -87,6 +92,9 @@ class FullRankNormal(nn.Module):
         network: maps `(..., features)` to `(..., FullRankNormal.outputs(latent))`.
         latent: dimension of z.
         log_variance_range: the bounds.
+
+    Raises:
+        ConfigError: `latent` is not a whole number of at least 1, or the bounds are not in order.
     """
 
     rows: Tensor
@@ -99,9 +107,10 @@ class FullRankNormal(nn.Module):
         log_variance_range: tuple[float, float] = LOG_VARIANCE_RANGE,
     ) -> None:
         super().__init__()
+        at_least("latent", latent, 1)
         self.network = network
         self.latent = latent
-        self.log_variance_range = log_variance_range
+        self.log_variance_range = check_range(log_variance_range)
         rows, columns = torch.tril_indices(latent, latent, -1)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
@@ -122,7 +131,7 @@ class FullRankNormal(nn.Module):
         loc, log_variance, below = outputs.split(
             [self.latent, self.latent, outputs.shape[-1] - 2 * self.latent], dim=-1
         )
-        diagonal = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        diagonal = bounded_scale(log_variance, self.log_variance_range)
         factor = diagonal.diag_embed()
         factor[..., self.rows, self.columns] = below
         return dist.MultivariateNormal(loc, scale_tril=factor)
@@ -151,7 +160,7 @@ class InverseAutoregressiveFlow(nn.Module):
         log_variance_range: the bounds.
 
     Raises:
-        ConfigError: a size is not as above.
+        ConfigError: a size is not as above, or the bounds are not in order.
     """
 
     def __init__(
@@ -164,16 +173,14 @@ class InverseAutoregressiveFlow(nn.Module):
         log_variance_range: tuple[float, float] = LOG_VARIANCE_RANGE,
     ) -> None:
         super().__init__()
-        if latent < 2 or context_features < 1 or steps < 1:
-            raise ConfigError(
-                "an autoregressive flow needs latent >= 2, context_features >= 1 and steps >= 1, "
-                f"got {latent}, {context_features} and {steps}"
-            )
+        at_least("latent", latent, 2)
+        at_least("context_features", context_features, 1)
+        at_least("steps", steps, 1)
         if not hidden or min(hidden) < latent:
             raise ConfigError(f"hidden layers must not be smaller than latent={latent}: {hidden}")
         self.network = network
         self.latent, self.context_features = latent, context_features
-        self.log_variance_range = log_variance_range
+        self.log_variance_range = check_range(log_variance_range)
         forwards = list(range(latent))
         self.orders = [forwards if i % 2 == 0 else forwards[::-1] for i in range(steps)]
         self.networks = nn.ModuleList(
@@ -198,7 +205,7 @@ class InverseAutoregressiveFlow(nn.Module):
         loc, log_variance, h = outputs.split(
             [self.latent, self.latent, self.context_features], dim=-1
         )
-        scale = (0.5 * smooth_clamp(log_variance, *self.log_variance_range)).exp()
+        scale = bounded_scale(log_variance, self.log_variance_range)
         steps = [
             AutoregressiveStep(network, h, order)
             for network, order in zip(self.networks, self.orders, strict=True)
@@ -287,10 +294,22 @@ class AutoregressiveStep(Transform):
         return logsigmoid(gate).sum(-1)
 
 
+def bounded_scale(log_variance: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """The standard deviation of a log-variance that is bent into bounds."""
+    return (0.5 * smooth_clamp(log_variance, *bounds)).exp()
+
+
 def smooth_clamp(x: Tensor, low: float, high: float) -> Tensor:
     """The identity well inside `[low, high]`, bent into the bounds by one softplus at each end."""
     bounded_below = low + softplus(x - low)
     return high - softplus(high - bounded_below)
+
+
+def check_range(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Raise `ConfigError` unless bounds on a log-variance are finite and in order."""
+    if not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise ConfigError(f"log_variance_range is (low, high), finite, got {bounds}")
+    return bounds
 
 
 def expect_outputs(outputs: Tensor, size: int) -> None:

@@ -16,13 +16,13 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints
 
+from pyro_vae.checks import at_least
 from pyro_vae.conditioning import condition
 from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.mixtures import NormalMixture
-from pyro_vae.networks import check_sizes
 from pyro_vae.typing import Conditional, Distribution
 
 
@@ -41,7 +41,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent: int) -> None:
         super().__init__()
-        check_sizes(latent)
+        at_least("latent", latent, 1)
         # buffers, so that the distribution follows the module's device and precision
         self.register_buffer("loc", torch.zeros(latent), persistent=False)
         self.register_buffer("scale", torch.ones(latent), persistent=False)
@@ -64,8 +64,9 @@ class GaussianMixture(nn.Module):
         learned: whether means, scales and weights are parameters or stay as given.
 
     Raises:
-        ConfigError: a scale or a weight is not positive.
-        ShapeError: `loc` is not a matrix, or there is not one weight a component.
+        ConfigError: a mean is not finite, or a scale or weight not finite and positive.
+        ShapeError: `loc` is not a matrix with a row and a column at least, there is not one weight
+            a component, or `scale` does not broadcast to `loc`.
     """
 
     loc: Tensor
@@ -80,16 +81,22 @@ class GaussianMixture(nn.Module):
         learned: bool = True,
     ) -> None:
         super().__init__()
-        if loc.dim() != 2:
+        if loc.dim() != 2 or loc.numel() == 0:
             raise ShapeError(f"loc is (components, latent), got shape {tuple(loc.shape)}")
         loc = _floating(loc)
-        scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device).expand_as(loc)
-        weights = loc.new_ones(len(loc)) if weights is None else weights
+        scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device)
+        weights = loc.new_ones(len(loc)) if weights is None else weights.to(loc)
         if weights.shape != loc.shape[:1]:
             raise ShapeError(f"{len(loc)} components, but weights of shape {tuple(weights.shape)}")
+        try:
+            scale = scale.expand_as(loc)
+        except RuntimeError as error:
+            raise ShapeError(
+                f"a scale of shape {tuple(scale.shape)} for means of shape {tuple(loc.shape)}"
+            ) from error
+        _check_each("loc", loc, loc.isfinite(), "finite")
         for name, value in (("scale", scale), ("weights", weights)):
-            if not (value > 0).all():
-                raise ConfigError(f"{name} must be positive, got {value.min().item():g}")
+            _check_each(name, value, value.isfinite() & (value > 0), "positive and finite")
         start = {"loc": loc, "log_scale": scale.log(), "logits": weights.log()}
         for name, value in start.items():
             value = value.detach().clone()
@@ -121,7 +128,8 @@ class ClassMeans(nn.Module):
 
     def __init__(self, num_classes: int, latent: int, spread: float = 1.0) -> None:
         super().__init__()
-        check_sizes(num_classes, latent)
+        at_least("num_classes", num_classes, 1)
+        at_least("latent", latent, 1)
         self.means = nn.Parameter(spread * torch.randn(num_classes, latent))
         self.register_buffer("scale", torch.ones(latent), persistent=False)
 
@@ -150,8 +158,9 @@ class VampPrior(nn.Module):
     analytic KL; use `ELBO(kl="monte_carlo")`. One evaluation costs K encodings, whatever the batch,
     and with a `DiagonalNormal` one matrix product for all K densities of all data. With other
     posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow` each
-    needs the flow's inverse (see there). Warm the KL up (the authors do, over 100 epochs): at full
-    weight from the start, prior and posterior may agree before they have seen anything.
+    needs the flow's inverse (see there). Batch normalisation in the encoder takes the pseudo-inputs
+    for a batch of their own, and counts it. Warm the KL up (the authors do, over 100 epochs): at
+    full weight from the start, prior and posterior may agree before they have seen anything.
 
     Args:
         posterior: of the same VAE: a module, or any callable of `(x)` (or `(x, context)`).
@@ -164,8 +173,8 @@ class VampPrior(nn.Module):
         seed: of the rows, or of the noise.
 
     Raises:
-        ConfigError: K is less than 1 or more than the rows; `bounds` are not in order or not
-            finite, or do not hold `start`.
+        ConfigError: K is not a whole number of at least 1, or more than the rows; `bounds` are not
+            in order or not finite, or do not hold `start`; `noise` is negative or not finite.
         ShapeError: `start` is a number.
     """
 
@@ -180,8 +189,9 @@ class VampPrior(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_pseudo_inputs < 1:
-            raise ConfigError(f"num_pseudo_inputs must be at least 1, got {num_pseudo_inputs}")
+        at_least("num_pseudo_inputs", num_pseudo_inputs, 1)
+        if not 0 <= noise < math.inf:
+            raise ConfigError(f"noise is finite and not negative, got {noise}")
         if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
             raise ConfigError(f"bounds are finite numbers (low, high), got {bounds}")
         start = _floating(start.detach())
@@ -215,11 +225,18 @@ class VampPrior(nn.Module):
             each = u.expand(*context.shape[:-1], *u.shape)
             components = condition(self.posterior, each, context=context.unsqueeze(-2))
         logits = u.new_zeros(len(u))
-        normals = getattr(components, "base_dist", None)
-        if isinstance(normals, torch.distributions.Normal) and len(components.event_shape) == 1:
-            return NormalMixture(logits, normals.loc, normals.scale)
+        if isinstance(components, Independent) and len(components.event_shape) == 1:
+            normals = components.base_dist
+            if isinstance(normals, torch.distributions.Normal):
+                return NormalMixture(logits, normals.loc, normals.scale)
         weights = dist.Categorical(logits=logits.expand(components.batch_shape))
         return dist.MixtureSameFamily(weights, components)
+
+
+def _check_each(name: str, value: Tensor, good: Tensor, what: str) -> None:
+    """Raise `ConfigError` unless all elements are good, naming one that is not."""
+    if not good.all():
+        raise ConfigError(f"{name} must be {what}, got {value[~good][0].item():g}")
 
 
 def _floating(x: Tensor) -> Tensor:
@@ -276,10 +293,10 @@ class Flow(nn.Module):
             context_features: size of the context.
 
         Raises:
-            ConfigError: `latent` is less than 2.
+            ConfigError: `latent` is no whole number of at least 2, or `transforms` of at least 1.
         """
-        if latent < 2:
-            raise ConfigError(f"a coupling flow needs at least two dimensions, got {latent}")
+        at_least("latent", latent, 2)
+        at_least("transforms", transforms, 1)
         zuko = _zuko()
         return cls(
             zuko.flows.NSF(

@@ -40,6 +40,8 @@ class Run:
         model, guide: the sample sites by name, in the order in which they ran; without those of
             `pyro.deterministic`, which have no density.
         subsamples: the rows that each plate took, by the plate's name.
+        leaves: the guide's draws as constants to differentiate by, where the model was run at
+            those.
         enumerated: the guide's sites that took all their values at once, and the dimension, left of
             all plates, that the values are along; in the order in which they ran.
     """
@@ -47,6 +49,7 @@ class Run:
     model: Mapping[str, Site]
     guide: Mapping[str, Site]
     subsamples: Mapping[str, Tensor] = field(default_factory=dict)
+    leaves: Mapping[str, Tensor] = field(default_factory=dict)
     enumerated: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -90,8 +93,11 @@ class Pair:
     nesting: int = 0
     enumerate: bool = False
 
-    def run(self) -> Run:
+    def run(self, leaves: bool = False) -> Run:
         """Draw from the guide and replay the model at the draws.
+
+        Args:
+            leaves: replay it at the draws as constants, `Run.leaves`.
 
         Raises:
             SiteError: a latent site of the model has no counterpart in the guide; or, where Pyro's
@@ -101,12 +107,15 @@ class Pair:
         if self.enumerate:
             guide = poutine.enum(guide, first_available_dim=-1 - self._dims)
         guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+        guide_sites = _sample_sites(guide_trace)
+        cut = {name: _leaf(site["value"]) for name, site in guide_sites.items()} if leaves else {}
         model_trace = poutine.trace(
-            poutine.replay(self._vectorized(self.model), trace=guide_trace)
+            poutine.replay(self._vectorized(self.model), trace=_with_values(guide_trace, cut))
         ).get_trace(*self.args, **self.kwargs)
         subsamples = {**_subsamples(guide_trace), **_subsamples(model_trace)}
-        guide_sites = _sample_sites(guide_trace)
-        run = Run(_sample_sites(model_trace), guide_sites, subsamples, _enumerated(guide_sites))
+        run = Run(
+            _sample_sites(model_trace), guide_sites, subsamples, cut, _enumerated(guide_sites)
+        )
         for name, _ in run.latent:
             if name not in run.guide:
                 raise SiteError(
@@ -316,6 +325,18 @@ def _sample_sites(trace: poutine.Trace) -> dict[str, Site]:
         for name, site in nodes.items()
         if site["type"] == "sample" and not (site["infer"] or {}).get("_deterministic")
     }
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _with_values(trace: poutine.Trace, values: Mapping[str, Tensor]) -> poutine.Trace:
+    """A copy of a trace with other values at some of its sites."""
+    other = trace.copy()
+    for name, value in values.items():
+        other.nodes[name] = {**trace.nodes[name], "value": value}
+    return other
 
 
 def _subsamples(trace: poutine.Trace) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Cyclical:
 
 
 def _check(steps: int, *weights: float) -> None:
-    if steps < 1:
+    if not steps >= 1:  # nor of NaN
         raise ConfigError(f"steps must be at least 1, got {steps}")
     for weight in weights:
         if not 0 <= weight < float("inf"):

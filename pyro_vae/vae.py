@@ -14,7 +14,7 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
-from pyro_vae.conditioning import condition
+from pyro_vae.conditioning import call, condition
 from pyro_vae.errors import ParameterStoreError, ShapeError
 from pyro_vae.likelihoods import check_finite
 from pyro_vae.programs import evaluating
@@ -45,7 +45,8 @@ class Generative(nn.Module):
     ) -> Distribution:
         """p(x|z) at `num_samples` draws of the latent variables: batch shape `(num_samples,)`.
 
-        The result's `.mean` is E[x|z], its `.sample()` draws x: two different pictures.
+        The result's `.mean` is E[x|z], its `.sample()` draws x: two different pictures. The model
+        runs in evaluation mode.
 
         Args:
             context: `(num_samples, ...)` where the model takes one.
@@ -60,13 +61,18 @@ class Generative(nn.Module):
                 f"got one of shape {tuple(context.shape)}"
             )
         nothing = torch.empty(num_samples, 0)  # only its length matters where x is drawn
-        with seeded(seed), pyro.validation_enabled(False), poutine.trace() as tracer:
+        with (
+            evaluating(self.model),
+            seeded(seed),
+            pyro.validation_enabled(False),
+            poutine.trace() as tracer,
+        ):
             self._run_model(nothing, context)
         return tracer.trace.nodes["x"]["fn"]
 
     def _run_model(self, x: Tensor, context: Tensor | None) -> None:
         """Run the model as it is, given the context, to generate."""
-        condition(self.model, x, context=context)
+        call(self.model, x, context=context)
 
     def check(self, x: Tensor) -> None:
         """Raise unless the likelihood can take `x`, `(N, features)`: finite and in the support.
@@ -86,7 +92,8 @@ class VAE(Generative):
     vae.guide, ...)`, to any `ELBO()(vae.model, vae.guide)`, and to every tool of this library.
 
     Args:
-        prior: returns p(z), event shape `(latent,)`: a module or any callable.
+        prior: returns p(z), event shape `(latent,)`: a module or any callable (not a distribution
+            itself: give `lambda: p`).
         likelihood: maps z to p(x|z).
         posterior: maps x to q(z|x).
         name: prefix of the parameters in Pyro's store. By default it is unique to this object
@@ -95,6 +102,7 @@ class VAE(Generative):
             saved stores).
 
     Raises:
+        ConfigError: when run, where a part returns no distribution of Pyro's.
         ParameterStoreError: when run, where the store holds another tensor under a given `name`:
             that of another VAE (or of the original of a copy), or one loaded from disk.
     """

@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from zoo import FEATURES, LATENT, LIKELIHOODS, POSTERIORS, PRIORS, N
+from zoo import FEATURES, LATENT, LIKELIHOODS, POSTERIORS, PRIORS, N, encoder
 
 import pyro_vae as pv
 from pyro_vae.errors import AnalyticKLError
@@ -154,6 +154,32 @@ def log_marginal(vae, x, half_width=10.0, points=101):
     cell = (edge[1] - edge[0]) ** 2
     log_joint = vae.prior().log_prob(z).unsqueeze(-1) + vae.decode(z.unsqueeze(1)).log_prob(x)
     return (log_joint.logsumexp(0) + cell.log()).sum()
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_path_derivatives_in_single_precision(posterior):
+    """The loss is that of the standard gradient on the same draws; a flow is inverted for it, and
+    its rounding must not be taken for another guide's density."""
+    torch.manual_seed(0)
+    if posterior == "inverse autoregressive flow":
+        q = pv.posteriors.InverseAutoregressiveFlow(
+            encoder(2 * LATENT + 2), LATENT, 2, steps=8, hidden=(64,)
+        )
+    else:
+        q = POSTERIORS[posterior]()
+    likelihood, _ = LIKELIHOODS["Normal learned"]
+    vae = pv.VAE(PRIORS["standard normal"](q), likelihood(), q).float()
+    x = torch.randn(500, FEATURES, dtype=torch.float32)
+    for objectives in (
+        [pv.ELBO("monte_carlo"), pv.ELBO("monte_carlo", "stl")],
+        [pv.IWAE(3), pv.IWAE(3, "stl"), pv.IWAE(3, "dreg")],
+    ):
+        losses = []
+        for objective in objectives:
+            objective.max_plate_nesting = 1
+            torch.manual_seed(1)
+            losses.append(objective.differentiable_loss(vae.model, vae.guide, x).item())
+        assert losses == pytest.approx(losses[:1] * len(losses), rel=1e-5)
 
 
 @pytest.mark.cuda

@@ -28,6 +28,9 @@ def test_variance_of_a_linear_guide_is_that_of_its_means():
     assert units.active["z"].tolist() == [True, False, False]
     assert units.number == 1
     assert pv.active_units(linear_guide(weight), x, threshold=1e-5).number == 2
+    assert (
+        pv.active_units(linear_guide(weight), x, threshold=0.0).number == 2
+    )  # not of what is dead
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,21 @@ def test_objectives_count_the_units_of_their_call(objective):
         objective.terms(model, linear_guide(weight), x[:1]).active_units()
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_means_are_a_row_a_datum_and_carry_no_gradient(num_particles):
+    x, weight = torch.randn(3, 2, 4), torch.randn(4, 5, requires_grad=True)
+
+    def program(loc):
+        with pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 2, dim=-1):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    objective = pv.ELBO(num_particles=num_particles)
+    pair = (lambda: program(torch.zeros(5))), (lambda: program(x @ weight))
+    means = objective.terms(*pair).means["z"]
+    torch.testing.assert_close(means, (x @ weight).detach().reshape(6, 5))
+    assert not means.requires_grad
+
+
 def test_a_guide_without_means_is_averaged_without_the_noise_of_its_draws():
     x = torch.randn(2000, 2)
 
@@ -65,6 +83,32 @@ def test_a_guide_without_means_is_averaged_without_the_noise_of_its_draws():
     # is too large by that. Standard errors: sqrt(2 * 4 + 1) and 1, over sqrt(2000)
     assert abs(variance[0].item() - 4 * x[:, 0].var().item()) < 4.5 * 3 / 2000**0.5
     assert abs(variance[1].item()) < 4.5 / 2000**0.5
+
+
+def test_draws_of_all_rows_are_as_many_as_were_asked_for():
+    sizes = []
+
+    def guide(x):
+        sizes.append(len(x))
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x, 1.0).to_event(1))
+            pyro.sample("b", dist.LogNormal(pyro.sample("c", dist.Normal(x, 1.0).to_event(1)), 1.0)
+                        .to_event(1))  # fmt: skip
+
+    pv.active_units(guide, torch.randn(7, 1), num_samples=10, batch_size=5)
+    assert sizes == [5] * 10 + [2] * 10
+
+
+def test_a_distribution_whose_mean_is_nan_is_drawn_from():
+    """torch says that of a categorical; each class here is certain."""
+    x = torch.tensor([0, 1, 1, 3])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(nn.functional.one_hot(x, 4).double()))
+
+    variance = pv.active_units(guide, x).variance["y"]
+    torch.testing.assert_close(variance.double(), x.double().var().reshape(1))
 
 
 def test_deeper_layers_are_averaged_over_the_upper_ones():

@@ -167,6 +167,9 @@ def test_terms_are_those_by_hand():
     terms = ELBO(num_particles=4).terms(model, guide, x(), SOME)
     assert terms.kl.item() == pytest.approx((hand["y"] + hand["z"]).item(), rel=1e-12)
     assert terms.estimators == {"y": "enumerated", "z": "analytic"}
+    assert terms.kl_per_dimension["y"].item() == pytest.approx(hand["y"].item(), rel=1e-12)
+    path = ELBO("monte_carlo", gradient="stl").terms(model, guide, x(), SOME)
+    assert path.estimators == {"y": "enumerated", "z": "monte_carlo"}
     # a label costs -log p(y) and no entropy
     known = ELBO().terms(model, guide, x(), torch.tensor([0, 1, 2, 0]))
     prior = model.logits.log_softmax(0)

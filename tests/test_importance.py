@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
@@ -278,6 +278,37 @@ def test_masks_and_scales_that_all_sites_share():
         assert -loss == pytest.approx((weight * evidence).sum())
 
 
+@pytest.mark.parametrize("gradient", ["standard", "stl", "dreg"])
+def test_data_that_are_masked_leave_the_prior_over_the_guide(gradient):
+    """A mask of the observed site alone: of those data the weights are p(z) / q(z)."""
+    x = linear_data()
+    model, guide = linear_pair()
+    keep = torch.tensor([True, False, True, False])
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+                fn = dist.Normal(z @ model.weight.T + model.bias, model.log_sigma.exp())
+                with poutine.mask(mask=keep):
+                    pyro.sample("x", fn.to_event(1), obs=x)
+
+    objective = IWAE(5, gradient, max_plate_nesting=1)
+    with Draws() as draws:
+        loss = objective.differentiable_loss(Masked(), guide, x)
+    z = draws.values["z"][0]
+    with torch.no_grad():
+        mean = (z @ model.weight.T + model.bias).numpy()
+    log_px = norm.logpdf(x.numpy(), mean, model.log_sigma.exp().item()).sum(-1)
+    log_w = log_weights(model, guide, x, z) - np.where(keep, 0.0, log_px)
+    assert -loss.item() == pytest.approx((logsumexp(log_w, axis=0) - math.log(5)).sum())
+    assert gradient_of(loss, guide).isfinite().all()
+
+
 def pixels_model(x: Tensor) -> None:
     """One latent a datum, several values of it: the plates are nested, and "data" is the outer."""
     with pyro.plate("data", len(x), dim=-2):
@@ -373,6 +404,124 @@ def test_autonormal():
     loss = IWAE(3, "dreg").differentiable_loss(model, guide, x)
     assert -loss.item() == pytest.approx(model.log_evidence(x).sum())
     assert gradient_of(loss, guide).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_a_discrete_latent_whose_guide_does_not_learn(gradient):
+    """It is a constant of the path derivatives; the weights of the draws are scipy's."""
+    x = torch.tensor([0.4, -1.0])
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor([0.3, -0.2]))
+
+        def forward(self, x):
+            with pyro.plate("data", 2):
+                k = pyro.sample("k", dist.Bernoulli(0.3))
+                pyro.sample("z", dist.Normal(self.loc + k, 1.0))
+
+    def model(x):
+        with pyro.plate("data", 2):
+            k = pyro.sample("k", dist.Bernoulli(0.6))
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = Guide()
+    objective = IWAE(4, gradient, max_plate_nesting=1)
+    with Draws() as draws:
+        loss = objective.differentiable_loss(model, guide, x)
+    k, z = (draws.values[name][0].numpy() for name in ("k", "z"))
+    log_w = np.log(np.where(k == 1, 0.6 / 0.3, 0.4 / 0.7)) + norm.logpdf(z, k)
+    log_w += norm.logpdf(x.numpy(), z) - norm.logpdf(z, guide.loc.detach().numpy() + k)
+    assert -loss.item() == pytest.approx((logsumexp(log_w, axis=0) - math.log(4)).sum())
+    # d log w / dz at fixed k, by each weight squared for dreg and once for stl
+    slope = (x.numpy() - z) + (k - z) + (z - guide.loc.detach().numpy() - k)
+    share = np.exp(log_w - logsumexp(log_w, axis=0)) ** (2 if gradient == "dreg" else 1)
+    np.testing.assert_allclose(-gradient_of(loss, guide), (share * slope).sum(0))
+
+
+def test_a_model_that_observes_nothing_has_no_reconstruction():
+    def program(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    for gradient in ("standard", "stl", "dreg"):
+        terms = MIWAE(3, 2, gradient).terms(program, program, torch.zeros(4))
+        assert terms.loss == terms.reconstruction == terms.kl == 0
+
+
+def test_two_subsampled_plates_that_all_sites_are_in():
+    """Their scales multiply, and the logarithm; the guide is the posterior, so nothing varies."""
+    x = torch.randn(4, 5)
+    rows, columns = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
+
+    def plates():
+        return (
+            pyro.plate("rows", 4, subsample=rows, dim=-2),
+            pyro.plate("columns", 5, subsample=columns, dim=-1),
+        )
+
+    def model():
+        over_rows, over_columns = plates()
+        with over_rows as i, over_columns as j:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[i][:, j])
+
+    def guide():
+        over_rows, over_columns = plates()
+        with over_rows as i, over_columns as j:
+            pyro.sample("z", dist.Normal(x[i][:, j] / 2, 0.5**0.5))
+
+    evidence = 4 / 2 * 5 / 3 * norm(0, 2**0.5).logpdf(x[rows][:, columns])
+    by_column = torch.tensor([1.0, 2.0, 0.5])
+    scaled = [poutine.scale(p, scale=by_column) for p in (model, guide)]
+    for objective in (ELBO("monte_carlo"), IWAE(3), IWAE(3, "dreg"), MIWAE(2, 2, "stl")):
+        assert -objective.loss(model, guide) == pytest.approx(evidence.sum())
+        assert -objective.loss(*scaled) == pytest.approx((by_column.numpy() * evidence).sum())
+
+
+def test_two_plates_in_one_dimension_are_not_the_same_data():
+    """No plate holds all sites, so the weights are of everything together."""
+    x = {"a": torch.tensor([0.3, 0.9]), "b": torch.tensor([-0.4, 1.2])}
+
+    def model():
+        for name, observed in x.items():
+            with pyro.plate(name, 2, dim=-1):
+                z = pyro.sample(f"z_{name}", dist.Normal(0.0, 1.0))
+                pyro.sample(f"x_{name}", dist.Normal(z, 1.0), obs=observed)
+
+    def guide():
+        for name in x:
+            with pyro.plate(name, 2, dim=-1):
+                pyro.sample(f"z_{name}", dist.Normal(0.2, 0.8))
+
+    with Draws() as draws:
+        loss = IWAE(3, max_plate_nesting=1).loss(model, guide)
+    log_w = np.zeros(3)
+    for name, observed in x.items():
+        z = draws.values[f"z_{name}"][0].numpy()
+        log_w += (norm.logpdf(z) + norm.logpdf(observed, z) - norm.logpdf(z, 0.2, 0.8)).sum(1)
+    assert -loss == pytest.approx(logsumexp(log_w) - math.log(3))
+
+
+def test_a_guide_that_draws_all_data_at_once_has_joint_weights():
+    x = torch.tensor([0.3, 0.9, -0.4])
+
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoMultivariateNormal(model)
+    guide(x)
+    with Draws() as draws:
+        loss = IWAE(5, max_plate_nesting=1).loss(model, guide, x)
+    z = draws.values["z"][0].numpy().reshape(5, 3)
+    factor = (guide.scale[:, None] * guide.scale_tril).detach().numpy()
+    log_q = multivariate_normal(guide.loc.detach().numpy(), factor @ factor.T).logpdf(z)
+    log_w = (norm.logpdf(z) + norm.logpdf(x.numpy(), z)).sum(1) - log_q
+    assert -loss == pytest.approx(logsumexp(log_w) - math.log(5))
 
 
 def test_too_small_a_plate_nesting_is_refused():

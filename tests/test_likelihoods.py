@@ -1,5 +1,7 @@
 """Every likelihood against scipy, mpmath, numerical integration, and R's count regressions."""
 
+from functools import partial
+
 import mpmath
 import numpy as np
 import pandas as pd
@@ -76,6 +78,11 @@ CASES = {
         lambda: L.StudentT(RAW, "predicted", df=3),
         lambda x, a, b: st.t(3, a, FLOOR + softplus(start() + b)).logpdf(x),
         [-10.0, 0.0, 2.5],
+    ),
+    "student of 30": (
+        lambda: L.StudentT(RAW, 0.7, df=30.0),
+        lambda x, a: st.t(30, a, 0.7).logpdf(x),
+        [-1.0, 2.5],
     ),
     "binomial": (
         lambda: L.Binomial(RAW, 7),
@@ -179,6 +186,35 @@ def test_draws_have_the_mean_and_lie_in_the_support(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_draws_are_as_frequent_as_the_density_says(name):
+    torch.manual_seed(1)
+    make, oracle, values = CASES[name]
+    likelihood = make()
+    raw = raws(likelihood, 1)[0]
+    x = likelihood(raw).sample((20_000,)).squeeze(-1)
+    for value in values[:-1]:
+        if name in DISCRETE:
+            below = [v for v in DISCRETE[name] if v <= value]
+            share = sum(np.exp(oracle(v, *raw.numpy())) for v in below)
+        else:
+            low = RANGE.get(name, (-np.inf,))[0]
+            share = quad(lambda v: np.exp(oracle(v, *raw.numpy())), low, value)[0]
+        error = (share * (1 - share) / len(x)) ** 0.5
+        # 33 shares: odds of one beyond 4.5 are 2e-4
+        assert abs((x <= value).double().mean().item() - share) <= 4.5 * error, value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_value_outside_the_support_has_no_density(name):
+    likelihood = CASES[name][0]()
+    outside = {"normal": np.nan, "laplace": np.nan, "student": np.nan}.get(name.split()[0], -0.5)
+    p = likelihood(raws(likelihood, 1)[0])
+    assert not p.support.check(torch.tensor([outside]))
+    with pytest.raises(ValueError, match="within the support"):
+        p.log_prob(torch.tensor([outside]))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_any_number_of_leading_dimensions(name):
     make, _, values = CASES[name]
     likelihood = make()
@@ -208,6 +244,31 @@ def test_bias_of_mean_makes_that_mean(name):
     torch.testing.assert_close(mean, target, atol=0.08 if "logistic" in name else 1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "mean", "least"),
+    [
+        (L.Bernoulli(RAW), [0.0, 1.0], [1e-3, 1 - 1e-3]),
+        (L.ContinuousBernoulli(RAW), [0.0, 0.02, 0.98, 1.0], [0.01, 0.02, 0.98, 0.99]),
+        (L.Binomial(RAW, 7), [0.0, 7.0], [7e-3, 7 - 7e-3]),
+        (L.Poisson(RAW), [0.0, 2.0], [1e-3, 2.0]),
+        (L.NegativeBinomial(RAW, 2.3), [0.0, 2.0], [1e-3, 2.0]),
+        (L.Normal(RAW, 0.5, mean_activation=torch.sigmoid), [0.0, 0.3, 1.0], [1e-3, 0.3, 0.999]),
+    ],
+)
+def test_a_mean_at_the_edge_makes_a_finite_bias(likelihood, mean, least):
+    bias = likelihood.bias_of_mean(torch.tensor(mean))
+    torch.testing.assert_close(likelihood(bias).mean, torch.tensor(least), rtol=1e-3, atol=1e-12)
+
+
+def test_an_activation_bends_the_locations_and_not_the_scales():
+    raw = torch.tensor([0.3, -2.0, 0.5, 1.5])
+    p = L.Normal(RAW, "predicted", mean_activation=torch.sigmoid)(raw).base_dist
+    np.testing.assert_allclose(p.loc, expit(raw[:2].numpy()))
+    np.testing.assert_allclose(p.scale, FLOOR + softplus(start() + raw[2:].numpy()))
+    # of any other activation the inverse is not known
+    assert not L.Normal(RAW, mean_activation=torch.tanh).bias_of_mean(torch.rand(3)).any()
+
+
 EXTREME = {
     "continuous bernoulli": (D.ContinuousBernoulli, [(a,) for a in (0, 1e-30, 500, -500, 1e6)]),
     "discretized logistic": (
@@ -217,7 +278,7 @@ EXTREME = {
     "poisson": (D.Poisson, [(-1e4,), (-200.0,), (30.0,)]),
     "negative binomial": (
         D.NegativeBinomial,
-        [(-1e4, 1.0), (60.0, 1.0), (0.0, 1e-3), (0.0, 1e8), (5.0, 1e30)],
+        [(-1e4, 1.0), (60.0, 1.0), (1e4, 1.0), (0.0, 1e-9), (0.0, 1e8), (5.0, 1e30)],
     ),
 }
 
@@ -240,7 +301,10 @@ def mp_continuous_bernoulli(x, a):
     return a * x - (mpmath.log(mpmath.expm1(a) / a) if a else 0)
 
 
-@pytest.mark.parametrize("logit", [0.0, 1e-9, -1e-4, 0.04, 0.599, -0.601, 3.0, -40.0, 400.0])
+# the series ends at 0.2
+@pytest.mark.parametrize(
+    "logit", [0.0, 1e-9, -1e-4, 0.01, 0.04, 0.1999, 0.2001, 0.599, -0.601, 3.0, -40.0, 400.0]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_continuous_bernoulli_near_one_half_and_far_out(logit, dtype):
     eps = torch.finfo(dtype).eps
@@ -272,22 +336,64 @@ def test_clamped_probabilities_would_be_wrong_by_nats():
     assert abs(dist.ContinuousBernoulli(logits=a).log_prob(x).item() - want) > 0.2
 
 
-@pytest.mark.parametrize("theta", [1e-2, 1.0, 15.9, 16.1, 1e3, 1e6, 1e10])
-@pytest.mark.parametrize("count", [0, 1, 7, 500])
-def test_negative_binomial_in_both_precisions(theta, count):
-    log_rate = 1.7
+def mp_negative_binomial(x, log_rate, theta):
+    mu = mpmath.exp(log_rate)
+    return (
+        mpmath.loggamma(x + theta) - mpmath.loggamma(theta) - mpmath.loggamma(x + 1)
+        + theta * mpmath.log(theta / (theta + mu)) + x * mpmath.log(mu / (theta + mu))
+    )  # fmt: skip
+
+
+def mp_poisson(x, log_rate):
+    return x * log_rate - mpmath.exp(log_rate) - mpmath.loggamma(x + 1)
+
+
+def expect_exact(family, oracle, count, log_rate, *parameters):
+    """Value and slope by the log-rate, to a few roundings of a number of the size of the result
+    (and of the square root of the count, which a rounding of the log-rate is worth)."""
     for dtype in (torch.float32, torch.float64):
-        a = torch.tensor(log_rate, dtype=dtype)
-        t = torch.tensor(theta, dtype=dtype)
-        ours = D.NegativeBinomial(a, t).log_prob(torch.tensor(count, dtype=dtype)).item()
+        a = torch.tensor(log_rate, dtype=dtype, requires_grad=True)
+        others = [torch.tensor(p, dtype=dtype) for p in parameters]
+        ours = family(a, *others).log_prob(torch.tensor(float(count), dtype=dtype))
+        (slope,) = torch.autograd.grad(ours, a)
         with mpmath.workdps(50):
-            mu, th, x = mpmath.exp(mpmath.mpf(a.item())), mpmath.mpf(t.item()), mpmath.mpf(count)
-            want = float(
-                mpmath.loggamma(x + th) - mpmath.loggamma(th) - mpmath.loggamma(x + 1)
-                + th * mpmath.log(th / (th + mu)) + x * mpmath.log(mu / (th + mu))
-            )  # fmt: skip
-        size = max(1.0, abs(want), count * abs(np.log(theta + count)))
-        assert abs(ours - want) < 30 * torch.finfo(dtype).eps * size
+            at = [mpmath.mpf(v.item()) for v in (a, *others)]
+            want = float(oracle(mpmath.mpf(count), *at))
+            slope_of = partial(mpmath.diff, lambda r, *rest: oracle(mpmath.mpf(count), r, *rest))
+            want_slope = float(slope_of(tuple(at), (1, *[0] * len(others))))
+        eps = torch.finfo(dtype).eps
+        assert abs(ours.item() - want) < 60 * eps * max(1.0, abs(want), count**0.5)
+        assert abs(slope.item() - want_slope) < 30 * eps * max(1.0, abs(want_slope), count)
+
+
+COUNTS = [0, 1, 7, 16, 17, 500, 10**5, 10**7]
+# log of the rate over the count: far below, near and far above
+RATIOS = [-12.0, -1.0, -1e-3, 1e-3, 0.5, 8.0]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_poisson_in_both_precisions(count, ratio):
+    expect_exact(D.Poisson, mp_poisson, count, np.log(max(count, 1)) + ratio)
+
+
+@pytest.mark.parametrize("theta", [1e-2, 1.0, 15.9, 16.1, 1e3, 1e6, 1e10])
+@pytest.mark.parametrize("count", COUNTS)
+def test_negative_binomial_in_both_precisions(theta, count):
+    for ratio in RATIOS:
+        log_rate = np.log(max(count, 1)) + ratio
+        expect_exact(D.NegativeBinomial, mp_negative_binomial, count, log_rate, theta)
+
+
+def test_float32_counts_by_their_log_gammas_would_be_wrong_by_nats():
+    # the mutant: the log-mass of a million counts is a difference of terms around 1.3e7
+    log_rate = torch.tensor(np.log(1e6), dtype=torch.float32)
+    with mpmath.workdps(50):
+        want = float(mp_poisson(10**6, mpmath.mpf(log_rate.item())))
+    x = torch.tensor(1e6, dtype=torch.float32)
+    naive = dist.Poisson(log_rate.exp()).log_prob(x).item()
+    assert abs(naive - want) > 0.3
+    assert D.Poisson(log_rate).log_prob(x).item() == pytest.approx(want, abs=1e-3)
 
 
 def test_the_naive_negative_binomial_fails_in_float32():
@@ -306,6 +412,24 @@ def test_256_levels_sum_to_one_wherever_the_logistic_lies():
     for loc, scale in [(0.3, 0.05), (-2.0, 0.01), (1.5, 0.3), (0.5, 1e-3), (0.0, 50.0)]:
         p = D.DiscretizedLogistic(torch.tensor(loc), torch.tensor(scale))
         assert p.log_prob(levels).exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_levels_are_equally_spaced_within_the_ends():
+    levels = D.Levels(256)
+    k = torch.arange(256) / 255
+    assert levels.check(k).all()
+    for outside in (k + 0.1 / 255, k - 0.1 / 255, torch.tensor([-1 / 255, 256 / 255])):
+        assert not levels.check(outside).any()
+
+
+def test_draws_near_one_half_are_uniform_where_tiny_numbers_are_flushed_to_zero():
+    torch.set_flush_denormal(True)
+    try:
+        for logit in (0.0, 1e-30, -1e-9):
+            x = D.ContinuousBernoulli(torch.full((2000,), logit).float()).sample()
+            assert st.kstest(x.numpy(), "uniform").pvalue > 1e-4
+    finally:
+        torch.set_flush_denormal(False)
 
 
 # --- R ---------------------------------------------------------------------------------------
@@ -378,9 +502,17 @@ def test_float32_grey_levels_are_levels():
     L.DiscretizedLogistic(RAW).check((torch.arange(256, dtype=torch.float32) / 255)[None])
 
 
-def test_not_finite_data_are_named():
-    with pytest.raises(DataError, match=r"x\[0, 1\] = nan"):
-        L.Normal(RAW).check(torch.tensor([[0.0, float("nan")]]))
+@pytest.mark.parametrize(
+    "likelihood", [L.Normal(RAW), L.Poisson(RAW), L.Columns(RAW, [L.Normal(), L.Poisson()])]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_data_are_named(likelihood, value):
+    x = torch.tensor([[0.0, value], [0.0, value]])
+    with pytest.raises(
+        DataError, match=rf"must be finite, but x\[0, 1\] = {value} .*1 more"
+    ) as error:
+        likelihood.check(x)
+    assert not isinstance(error.value, SupportError)
 
 
 @pytest.mark.parametrize(
@@ -388,12 +520,19 @@ def test_not_finite_data_are_named():
     [
         lambda: L.Normal(RAW, -1.0),
         lambda: L.Normal(RAW, "free"),
+        lambda: L.Normal(RAW, float("inf")),
+        lambda: L.Normal(RAW, True),
         lambda: L.Normal(RAW, "per_feature"),
+        lambda: L.Normal(RAW, "per_feature", features=0),
+        lambda: L.Normal(RAW, "per_feature", features=2.5),
         lambda: L.Normal(RAW, min_scale=0),
+        lambda: L.Normal(RAW, min_scale=1.0),
         lambda: L.StudentT(RAW, df=1),
+        lambda: L.StudentT(RAW, df=float("inf")),
         lambda: L.Binomial(RAW, 0),
         lambda: L.Binomial(RAW, 2.5),
         lambda: L.Categorical(RAW, 2.5),
+        lambda: L.Categorical(RAW, 3.0),
         lambda: L.Categorical(RAW, 1),
         lambda: L.DiscretizedLogistic(RAW, levels=1),
         lambda: L.NegativeBinomial(RAW, 0.0),
@@ -412,6 +551,17 @@ def test_what_means_nothing_is_refused(make):
 def test_outputs_that_do_not_divide_are_refused():
     with pytest.raises(ShapeError, match="needs 2 network outputs for each value"):
         L.Normal(RAW, "predicted")(torch.zeros(5))
+
+
+def test_a_scale_for_another_number_of_values_is_refused():
+    two = L.Normal(scale="per_feature", features=2)
+    for likelihood in (
+        L.Normal(RAW, "per_feature", features=3),
+        L.NegativeBinomial(RAW, features=3),
+        L.Columns(RAW, [two, L.Bernoulli(), L.Bernoulli(), two]),
+    ):
+        with pytest.raises(ShapeError, match=r"features=[23], but the network gives [14] values"):
+            likelihood(torch.zeros(4))
 
 
 # --- scales, offsets, columns ----------------------------------------------------------------
@@ -433,6 +583,19 @@ def test_the_four_forms_of_a_scale(kind):
     assert predicted(torch.zeros(7, 2)).event_shape == (3,)
     torch.testing.assert_close(predicted.scale(torch.zeros(())).item(), kind.initial_scale)
     assert predicted.scale(torch.tensor(-1e9)).item() == pytest.approx(FLOOR)
+
+
+@pytest.mark.parametrize("kind", [L.NegativeBinomial, L.ZeroInflatedNegativeBinomial])
+def test_the_four_forms_of_a_concentration(kind):
+    per_value = kind.outputs_per_feature
+    per_feature = kind(pv.networks.MLP(2, [], 3 * per_value))  # told by the network
+    assert per_feature.concentration.raw.shape == (3,)
+    assert per_feature(torch.zeros(7, 2)).event_shape == (3,)
+    assert kind(RAW, "learned").concentration.raw.shape == ()
+    assert kind(RAW, 2.5).concentration().item() == 2.5
+    predicted = kind(RAW, "predicted", min_concentration=0.25)
+    assert predicted.outputs_per_feature == per_value + 1
+    assert predicted.concentration(torch.tensor(-1e9)).item() == pytest.approx(0.25)
 
 
 def test_images_keep_their_channels_together():
@@ -498,6 +661,36 @@ def test_columns_are_the_sum_of_their_kinds():
     assert z.abs().max() < 5  # 36 means: odds 2e-5
 
 
+def test_columns_of_every_kind_under_particles_and_holes():
+    kinds = [
+        L.Normal(scale="predicted"), L.Laplace(), L.StudentT(df=2.5), L.Bernoulli(),
+        L.ContinuousBernoulli(), L.Binomial(total_count=9), L.Categorical(num_categories=4),
+        L.DiscretizedLogistic(levels=16), L.Poisson(), L.NegativeBinomial(concentration=0.7),
+        L.ZeroInflatedNegativeBinomial(concentration="predicted"),
+    ]  # fmt: skip
+    network = pv.networks.MLP(2, [3], L.Columns.outputs(kinds))
+    likelihood = L.Columns(network, kinds)
+    z = torch.randn(4, 5, 2)
+    p = likelihood(z)
+    x = p.sample()[0]
+    likelihood.check(x)
+    own = [
+        part.log_prob(column)
+        for part, column in zip(p.base_dist.parts, x.split(1, -1), strict=True)
+    ]
+    torch.testing.assert_close(p.log_prob(x), torch.cat(own, -1).sum(-1))
+    holes = x.clone()
+    holes[1, ::2] = torch.nan
+    left_out = torch.cat(own, -1)[:, 1, ::2].sum(-1)
+    log_p = L.Incomplete(likelihood)(z).log_prob(holes)
+    torch.testing.assert_close(log_p[:, 1], p.log_prob(x)[:, 1] - left_out)
+    posterior = pv.posteriors.DiagonalNormal(pv.networks.MLP(len(kinds), [3], 4))
+    vae = pv.VAE(pv.priors.StandardNormal(2), likelihood, posterior)
+    for objective in (pv.ELBO(num_particles=3), pv.IWAE(3, "dreg")):
+        objective.differentiable_loss(vae.model, vae.guide, x).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in vae.parameters())
+
+
 def test_columns_refuse_by_the_tables_own_column():
     kinds, x = table()
     likelihood = L.Columns(RAW, kinds)
@@ -520,6 +713,20 @@ def test_columns_start_at_the_means():
     mean = torch.tensor([0.3, -1.0, 0.25, 1.5, 2.0, 4.0])  # 1.5: a uniform category
     likelihood.initialize(mean)
     torch.testing.assert_close(likelihood(torch.zeros(2)).mean, mean)
+
+
+def test_one_object_in_adjacent_columns_makes_a_block():
+    """The network's outputs come block by block: all locations, then all raw scales."""
+    shared = L.Normal(scale="predicted")
+    raw = torch.randn(6)
+    p = L.Columns(RAW, [shared, shared, L.Normal(scale="predicted")])(raw).base_dist
+    x = torch.tensor([0.5, -1.0, 2.0])
+    scales = FLOOR + softplus(start() + raw.numpy()[[2, 3, 5]])
+    np.testing.assert_allclose(p.log_prob(x), st.norm(raw[[0, 1, 4]], scales).logpdf(x))
+    with pytest.raises(ValueError, match="within the support"):
+        L.Columns(RAW, [L.Normal(), L.Bernoulli()])(torch.zeros(2)).log_prob(
+            torch.tensor([0.5, 0.5])
+        )
 
 
 def test_a_repeated_column_shares_its_scale_and_a_copy_does_not():

@@ -44,13 +44,16 @@ def test_state_dict_names_are_the_layers(network):
     assert all(name.startswith("layers.") for name in network.state_dict())
 
 
-def test_mlp_is_its_equation():
-    net = MLP(4, [5], 6)
+@pytest.mark.parametrize(
+    ("activation", "bend"), [(nn.Tanh, np.tanh), (nn.ReLU, lambda a: np.maximum(a, 0))]
+)
+def test_mlp_is_its_equation(activation, bend):
+    net = MLP(4, [5], 6, activation)
     first, last = (
         {k: v.detach().numpy() for k, v in net.layers[i].named_parameters()} for i in (0, 2)
     )
     x = torch.randn(3, 4)
-    hidden = np.tanh(x.numpy() @ first["weight"].T + first["bias"])
+    hidden = bend(x.numpy() @ first["weight"].T + first["bias"])
     expected = hidden @ last["weight"].T + last["bias"]
     np.testing.assert_allclose(net(x).detach(), expected, rtol=1e-12)
 
@@ -80,6 +83,20 @@ def test_convolutions_fit_images_of_any_size(size, depth, colours):
     encoder(x).sum().backward()
     assert (x.grad != 0).all()
     assert decoder(torch.randn(2, 2)).std(0).min() > 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ConvEncoder((4, 4), [3], 2), lambda: ConvDecoder(3, [2], (4, 4))]
+)
+def test_convolutions_are_followed_by_a_silu(make):
+    net = make()
+    linear = nn.Sequential(*(layer for layer in net.layers if not isinstance(layer, nn.SiLU)))
+    x = torch.randn(5, net.in_features)
+    assert (net(x) - linear(x).flatten(1)).abs().min() > 1e-6
+    bent = x
+    for layer in net.layers:
+        bent = bent / (1 + (-bent).exp()) if isinstance(layer, nn.SiLU) else layer(bent)
+    torch.testing.assert_close(net(x), bent.flatten(1))
 
 
 def test_an_image_without_channels_has_one():

@@ -4,6 +4,7 @@ Statistical tests hold the largest of at most 20 z-scores below 4.5: with a righ
 of them fails with a probability below 2e-4, and the seeds are fixed.
 """
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
+from torch.distributions import register_kl
 from toys import (
     LATENT,
     LinearGuide,
@@ -161,8 +163,8 @@ def test_free_bits_hold_each_dimension_by_its_mean_over_the_data():
     model, guide = linear_pair()
     kl = kl_by_dimension(guide, x)
     low, high = sorted(kl.mean(0))
-    for free in (0.5 * low, 0.5 * (low + high), 2 * high):
-        terms = ELBO(free_bits=free).terms(model, guide, x)
+    for free, particles in ((0.5 * low, 1), (0.5 * (low + high), 3), (2 * high, 1)):
+        terms = ELBO(free_bits=free, num_particles=particles).terms(model, guide, x)
         held = np.maximum(kl.mean(0), free).sum() * len(x)
         assert (terms.loss + terms.reconstruction).item() == pytest.approx(held)
         assert terms.kl.item() == pytest.approx(kl.sum())
@@ -176,6 +178,48 @@ def test_free_bits_hold_each_dimension_by_its_mean_over_the_data():
     terms = ELBO(free_bits=0.9 * high).terms(model, guide, x, 6, rows)
     held = np.maximum(kl[[4, 1]].mean(0), 0.9 * high).sum() * 6
     assert (terms.loss + terms.reconstruction).item() == pytest.approx(held)
+
+
+def test_a_number_is_one_dimension():
+    """In closed form: KL(N(0.4 x, 0.6) || N(0, 1)) of `top`, and the free bits that hold it."""
+    x = CHAIN_X.double()
+    expected = 0.5 * (0.36 + (0.4 * x) ** 2 - 1 - math.log(0.36)).sum()
+    terms = ELBO().terms(chain_model, top_down, x)
+    torch.testing.assert_close(terms.kl_per_dimension["top"], expected.reshape(1))
+    assert terms.kl.item() == pytest.approx(sum(kl.sum() for kl in terms.kl_per_dimension.values()))
+    held = ELBO(free_bits=100.0).terms(chain_model, top_down, x)
+    assert (held.loss + held.reconstruction).item() == pytest.approx(2 * 100 * len(x))
+
+    def one(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(one)
+    guide(x)  # its density is in two sites, and its "z" is a Delta with a part of it
+    assert not ELBO("auto").terms(one, guide, x).kl_per_dimension
+
+
+def test_the_dimensions_of_a_matrix():
+    """In the order of `flatten`, whichever estimator ran."""
+    loc = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+
+    def program(loc):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(2))
+
+    expected = 4 * 0.5 * loc.flatten() ** 2
+    pair = (lambda: program(torch.zeros(2, 3))), (lambda: program(loc))
+    torch.testing.assert_close(ELBO().terms(*pair).kl_per_dimension["z"], expected)
+    drawn = repeat(lambda: ELBO("monte_carlo").terms(*pair).kl_per_dimension["z"], 100)
+    assert z_scores(drawn, expected).abs().max() < BOUND
+    # a matrix of independent rows does not factorise as one of independent numbers does
+    rows = dist.MultivariateNormal(torch.zeros(3), torch.eye(3)).expand((2,)).to_event(1)
+
+    def of_rows():
+        with pyro.plate("data", 4):
+            pyro.sample("z", rows)
+
+    assert not ELBO("auto").terms(of_rows, pair[1]).kl_per_dimension
 
 
 def test_free_bits_need_dimensions():
@@ -200,6 +244,27 @@ def test_a_subsampled_plate_counts_its_rows_for_all(kl):
     exact = linear_pair(exact=True)
     drawn = ELBO(kl="monte_carlo").loss(*exact, x, 6, rows)
     assert -drawn == pytest.approx(3 * exact[0].log_evidence(x[rows]).sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"kl": "monte_carlo"}, {"num_particles": 3}], ids=str)
+def test_subsamples_average_to_the_whole_where_a_latent_is_global(options):
+    x = torch.tensor([0.3, -1.2, 2.0])
+
+    def model(rows):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3, subsample=rows) as rows:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(rows):
+        mu = pyro.sample("mu", dist.Normal(0.2, 0.6))
+        with pyro.plate("data", 3, subsample=rows):
+            pyro.sample("z", dist.Delta(0.5 * mu))  # so that nothing but mu is drawn
+
+    objective = ELBO(**{"kl": "auto", "max_plate_nesting": 1, **options})
+    parts = [seeded_loss(objective, model, guide, torch.tensor([i])) for i in range(3)]
+    assert np.mean(parts) == pytest.approx(seeded_loss(objective, model, guide, torch.arange(3)))
+    assert np.std(parts) > 0.1
 
 
 def test_scale_and_mask_of_both_programs():
@@ -318,7 +383,12 @@ def test_autoguides(autoguide, num_particles):
     theirs = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
     expected = seeded_loss(theirs, model, guide, x)
     assert seeded_loss(objective, model, guide, x) == pytest.approx(expected)
-    assert objective.terms(model, guide, x).estimators == {"z": "monte_carlo"}
+    terms = objective.terms(model, guide, x)
+    assert terms.estimators == {"z": "monte_carlo"}
+    assert (terms.kl - terms.reconstruction).item() == pytest.approx(terms.loss.item())
+    objective.free_bits = 1e-9
+    with pytest.raises(SiteError, match="does not split"):
+        objective.loss(model, guide, x)
     with pytest.raises(AnalyticKLError, match="Delta"):
         ELBO(kl="analytic").loss(model, guide, x)
 
@@ -381,7 +451,7 @@ def test_path_derivatives_refuse_guides_whose_parameters_cannot_be_stopped():
     for guide, match in (
         (registers, "module inside a plain function"),
         (unregistered, '"z" cannot be stopped'),
-        (WithDropout(), "another distribution at site"),
+        (WithDropout(), "another density at site"),
     ):
         with pytest.raises(SiteError, match=match):
             objective.differentiable_loss(model, guide, x)
@@ -420,6 +490,33 @@ def test_missing_guide_site_is_named():
         ELBO().loss(model, guide, linear_data())
 
 
+class Shifted(dist.Normal):
+    """A user's own distribution."""
+
+
+@register_kl(Shifted, dist.StudentT)
+def kl_of_the_users_own(q, p):
+    return q.loc**2 + p.loc + q.scale
+
+
+def test_a_kl_that_the_user_registered():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.StudentT(3.0, torch.tensor([0.1, 0.2])).to_event(1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Shifted(x[:, :2], 0.5).to_event(1))
+
+    x = linear_data()
+    expected = (x[:, :2] ** 2 + torch.tensor([0.1, 0.2]) + 0.5).sum(0)
+    for objective in (ELBO(), ELBO("auto", num_particles=2)):
+        terms = objective.terms(model, guide, x)
+        assert terms.estimators == {"z": "analytic"}
+        torch.testing.assert_close(terms.kl_per_dimension["z"], expected)
+        torch.testing.assert_close(terms.loss, expected.sum())
+
+
 def test_unregistered_kl():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -450,6 +547,8 @@ def test_unregistered_kl():
         {"free_bits": float("nan")},
         {"num_particles": 2.5},
         {"num_particles": 0},
+        {"max_plate_nesting": -1},
+        {"max_plate_nesting": 1.5},
     ],
     ids=str,
 )

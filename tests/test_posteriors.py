@@ -41,6 +41,49 @@ def test_no_weights_make_a_scale_of_zero_or_infinity(value):
         assert torch.isfinite(slope).all()
 
 
+def every_posterior(outputs, **options):
+    """One of each over two latent dimensions, of a network with so many outputs more."""
+    full = posteriors.FullRankNormal
+    flow = posteriors.InverseAutoregressiveFlow
+    return {
+        "diagonal": posteriors.DiagonalNormal(outputs(4), **options),
+        "full rank": full(outputs(full.outputs(2)), 2, **options),
+        "flow": flow(outputs(4 + 1), 2, 1, hidden=(4,), **options),
+    }
+
+
+@pytest.mark.parametrize("name", ["diagonal", "full rank", "flow"])
+def test_log_variances_pass_through_the_bound(name):
+    """A softplus at each end, of the range that is asked for."""
+    q = every_posterior(lambda _: RAW, log_variance_range=(-2.0, 1.0))[name]
+    raw = torch.tensor([0.3, -0.4, 0.5, -3.0, *[0.0] * (name != "diagonal")])
+    below = -2 + np.logaddexp(0, raw[2:4].numpy() + 2)
+    want = np.exp(0.5 * (1 - np.logaddexp(0, 1 - below)))
+    p = q(raw)
+    scale = {"diagonal": lambda: p.stddev, "full rank": lambda: p.scale_tril.diagonal()}
+    found = scale.get(name, lambda: p.base_dist.stddev)()
+    np.testing.assert_allclose(found.detach(), want)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "full rank", "flow"])
+def test_a_context_goes_into_the_network(name):
+    torch.manual_seed(0)
+    q = every_posterior(lambda outputs: nn.Linear(3 + 2, outputs))[name]
+    x, context, z = torch.randn(4, 3), torch.randn(6, 1, 2), torch.randn(6, 4, 2)
+    log_q = q(x, context).log_prob(z)
+    assert log_q.shape == (6, 4)
+    torch.testing.assert_close(log_q[5, 2], q(x[2], context[5, 0]).log_prob(z[5, 2]))
+    assert (log_q - q(x, context + 1).log_prob(z)).abs().min() > 1e-6
+
+
+def test_a_classifier_is_a_softmax_of_its_network():
+    network = nn.Linear(3 + 2, 4)
+    x, context = torch.randn(5, 3), torch.randn(5, 2)
+    logits = network(torch.cat([x, context], -1)).detach().numpy()
+    p = posteriors.Classifier(network)(x, context).probs.detach()
+    np.testing.assert_allclose(p, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+
+
 # --- full rank -------------------------------------------------------------------------------
 
 
@@ -85,6 +128,8 @@ def test_full_rank_kl_to_a_product_is_torchs_kl_to_the_same_full_normal():
 def test_full_rank_kl_to_another_product_is_not_invented():
     with pytest.raises(NotImplementedError):
         kl_divergence(full_rank(), dist.Laplace(torch.zeros(3), 1.0).to_event(1))
+    with pytest.raises(NotImplementedError):
+        kl_divergence(full_rank(), dist.Normal(torch.zeros(4, 3), 1.0).to_event(2))
 
 
 # --- inverse autoregressive flow -------------------------------------------------------------
@@ -239,6 +284,13 @@ def test_a_step_far_out_stays_finite():
         lambda: posteriors.InverseAutoregressiveFlow(RAW, 2, 2, steps=0),
         lambda: posteriors.InverseAutoregressiveFlow(RAW, 5, 2, hidden=(4,)),
         lambda: posteriors.InverseAutoregressiveFlow(RAW, 5, 2, hidden=()),
+        lambda: posteriors.InverseAutoregressiveFlow(RAW, 2.5, 2),
+        lambda: posteriors.InverseAutoregressiveFlow(RAW, 2, 2, steps=1.5),
+        lambda: posteriors.FullRankNormal(RAW, 0),
+        lambda: posteriors.DiagonalNormal(RAW, (10.0, -15.0)),
+        lambda: posteriors.DiagonalNormal(RAW, (-15.0, float("inf"))),
+        lambda: posteriors.FullRankNormal(RAW, 2, (1.0, 1.0)),
+        lambda: posteriors.InverseAutoregressiveFlow(RAW, 2, 2, log_variance_range=(2.0, 1.0)),
     ],
 )
 def test_sizes_that_mean_nothing_are_refused(make):

@@ -130,6 +130,24 @@ def test_mixture_draws():
     expect_density_of_its_draws(priors.GaussianMixture(torch.randn(3, 2), 0.4)())
 
 
+def test_mixture_keeps_nothing_of_the_tensors_it_was_given():
+    loc, weights = torch.randn(4, 3), torch.tensor([1, 2, 3, 4])
+    mixture = priors.GaussianMixture(loc, weights=weights, learned=False)
+    before = mixture().log_prob(torch.ones(3))
+    loc.add_(1.0)
+    weights.add_(torch.tensor([0, 0, 0, 9]))
+    torch.testing.assert_close(mixture().log_prob(torch.ones(3)), before, rtol=0, atol=0)
+
+
+def test_mixture_has_its_mean_in_every_expansion_and_no_density_of_nan():
+    loc = torch.randn(4, 3)
+    p = priors.GaussianMixture(loc, weights=torch.tensor([1.0, 2.0, 0.5, 4.0]))()
+    want = (torch.tensor([1.0, 2.0, 0.5, 4.0]) @ loc / 7.5).expand(5, 3)
+    torch.testing.assert_close(p.expand((5,)).mean, want)
+    with pytest.raises(ValueError, match="within the support"):
+        p.log_prob(torch.full((3,), float("nan")))
+
+
 def test_mixture_learned_or_fixed():
     loc = torch.randn(4, 3)
     assert len(list(priors.GaussianMixture(loc).parameters())) == 3
@@ -143,7 +161,11 @@ def test_mixture_learned_or_fixed():
     [
         (lambda: priors.GaussianMixture(torch.zeros(3)), ShapeError),
         (lambda: priors.GaussianMixture(torch.zeros(3, 2), weights=torch.ones(2)), ShapeError),
+        (lambda: priors.GaussianMixture(torch.zeros(0, 2)), ShapeError),
+        (lambda: priors.GaussianMixture(torch.zeros(3, 2), torch.ones(3)), ShapeError),
         (lambda: priors.GaussianMixture(torch.zeros(3, 2), 0.0), ConfigError),
+        (lambda: priors.GaussianMixture(torch.zeros(3, 2), float("inf")), ConfigError),
+        (lambda: priors.GaussianMixture(torch.full((3, 2), float("nan"))), ConfigError),
         (lambda: priors.GaussianMixture(torch.zeros(2, 2), weights=torch.zeros(2)), ConfigError),
         (lambda: priors.VampPrior(torch.nn.Identity(), 3, torch.tensor(0.0)), ShapeError),
         (
@@ -165,12 +187,29 @@ def test_mixture_learned_or_fixed():
             ConfigError,
         ),
         (lambda: priors.VampPrior(torch.nn.Identity(), 0, torch.zeros(2)), ConfigError),
+        (lambda: priors.VampPrior(torch.nn.Identity(), 2.5, torch.zeros(2)), ConfigError),
+        (lambda: priors.VampPrior(torch.nn.Identity(), 2, torch.zeros(2), noise=-1), ConfigError),
         (lambda: priors.Flow.spline(1), ConfigError),
+        (lambda: priors.Flow.spline(2.5), ConfigError),
+        (lambda: priors.Flow.spline(2, transforms=0), ConfigError),
     ],
 )
 def test_what_means_nothing_is_refused(make, error):
     with pytest.raises(error):
         make()
+
+
+def test_class_means_move_the_standard_normal():
+    prior = priors.ClassMeans(200, 3, spread=0.5)
+    assert prior.means.std().item() == pytest.approx(0.5, rel=0.15)  # 600 numbers: 5 errors
+    classes, z = torch.tensor([3, 0]), torch.randn(2, 3)
+    p = prior(torch.nn.functional.one_hot(classes, 200).double())
+    want = st.norm(prior.means[classes].detach()).logpdf(z).sum(-1)
+    np.testing.assert_allclose(p.log_prob(z).detach(), want)
+    with pytest.raises(ConfigError, match="class as its context"):
+        prior()
+    with pytest.raises(ShapeError, match=r"200 classes, got a context of shape \(2, 3\)"):
+        prior(torch.zeros(2, 3))
 
 
 # --- VampPrior -------------------------------------------------------------------------------
@@ -233,6 +272,9 @@ def test_pseudo_inputs_start_at_data_and_stay_in_bounds():
     torch.testing.assert_close(free.pseudo_inputs, again.pseudo_inputs, rtol=0, atol=0)
     bounded = priors.VampPrior(q, 20, x, bounds=(0, 1))
     torch.testing.assert_close(bounded.pseudo_inputs, free.pseudo_inputs, atol=0.021, rtol=0)
+    # not at the ends, where they would stay for ever
+    (slope,) = torch.autograd.grad(bounded.pseudo_inputs.sum(), bounded.raw)
+    assert slope.min() > 0.01
     with torch.no_grad():
         bounded.raw.add_(1e3 * torch.randn_like(bounded.raw))
     assert ((bounded.pseudo_inputs >= 0) & (bounded.pseudo_inputs <= 1)).all()
@@ -268,6 +310,37 @@ def test_pseudo_inputs_start_around_the_mean():
     u = priors.VampPrior(q, 500, mean, noise=0.1).pseudo_inputs.detach()
     assert ((u.mean(0) - mean).abs() < 4.5 * 0.1 / 500**0.5).all()
     assert u.std(0).numpy() == pytest.approx(0.1, rel=0.2)
+
+
+def test_learning_pseudo_inputs_leaves_the_data_they_started_at():
+    x, mean = torch.rand(5, 3), torch.rand(3)
+    before = x.clone(), mean.clone()
+    q = posteriors.DiagonalNormal(MLP(3, [], 4))
+    for start in (x, mean):
+        with torch.no_grad():
+            priors.VampPrior(q, 5, start.requires_grad_()).raw.add_(1.0)
+    assert torch.equal(x, before[0])
+    assert torch.equal(mean, before[1])
+
+
+def test_vamp_of_a_posterior_that_is_no_normal_though_made_of_one():
+    def q(u):
+        normal = dist.Normal(u[..., :2], 1.0).to_event(1)
+        return dist.TransformedDistribution(normal, [dist.transforms.AffineTransform(0.0, 3.0)])
+
+    u, z = torch.rand(4, 3), torch.randn(6, 2)
+    want = logsumexp(st.norm(3 * u[:, :2], 3.0).logpdf(z[:, None]).sum(-1), axis=1) - np.log(4)
+    np.testing.assert_allclose(priors.VampPrior(q, 4, u)().log_prob(z).detach(), want)
+
+
+def test_vamp_of_latent_matrices():
+    def q(u):
+        return dist.Normal(u.unflatten(-1, (2, 2)), 1.0).to_event(2)
+
+    u, z = torch.rand(4, 4), torch.randn(6, 2, 2)
+    p = priors.VampPrior(q, 4, u)()
+    want = logsumexp(st.norm(u).logpdf(z.flatten(1)[:, None]).sum(-1), axis=1) - np.log(4)
+    np.testing.assert_allclose(p.log_prob(z).detach(), want)
 
 
 def test_vamp_with_a_context_encodes_the_pseudo_inputs_with_it():
@@ -311,6 +384,12 @@ def test_a_spline_flow_couples_halves_so_that_draws_take_one_pass():
     on = jacobian != 0
     # two dimensions depend on themselves alone, two on themselves and those: no chain
     assert sorted(on.sum(1).tolist()) == [1, 1, 3, 3]
+
+
+def test_a_spline_flow_has_the_couplings_it_was_asked_for():
+    for number in (1, 4):
+        flow = priors.Flow.spline(2, transforms=number, hidden=(8,))
+        assert len(flow.flow.transform.transforms) == number
 
 
 def test_flow_in_plates_and_with_a_context():

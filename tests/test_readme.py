@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables
+from benchmarks import report, tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,6 +15,37 @@ README = (ROOT / "README.md").read_text()
 def test_tables_are_made_from_the_results() -> None:
     assert tables.MARKED.search(README)
     assert tables.render(README) == README
+
+
+def test_what_is_said_of_the_kl_estimators_is_what_the_results_say() -> None:
+    prose = " ".join(README.split())
+    found = {name: report.read(f"kl_estimators_{name}")["results"] for name in ("digits", "mnist")}
+    noise, dimensions = found["digits"]["noise"], found["digits"]["by_dimension"]
+    worst, worst_dimension = (max(r["bias_z"] for r in rows) for rows in (noise, dimensions))
+    ratio, rows = {}, {}
+    for name, results in found.items():
+        row = rows[name] = {(r["prior"], r["estimator"]): r for r in results["summary"]}
+        step = results["milliseconds_a_step"]["normal"]
+        ratio[name] = step["stl"] / step["analytic"]
+        for prior in ("normal", "vamp"):
+            steps = {e: sum(r["steps_to_target"]) for (p, e), r in row.items() if p == prior}
+            assert min(steps, key=steps.get) == "stl"
+            assert row[prior, "stl"]["log_px"] == max(
+                r["log_px"] for (p, _), r in row.items() if p == prior
+            )
+        assert min((r["seconds_to_target"], e) for (p, e), r in row.items() if p == "normal")[
+            1
+        ] == ("analytic")
+        assert row["normal", "analytic"]["gain_over_monte_carlo"] > 0
+    gain = rows["mnist"]["normal", "stl"]["log_px"] - rows["mnist"]["normal", "analytic"]["log_px"]
+    for said in (
+        f"on MNIST by {gain:.2f} nats over the analytic KL",
+        f"takes {ratio['mnist']:.1f} (MNIST) to {ratio['digits']:.1f} times (digits) as long",
+        f"of {len(noise)} comparisons",
+        f"the largest z-score is {worst:.1f}; of {len(dimensions)} by latent dimension",
+        f"degrees of freedom, {worst_dimension:.1f}.",
+    ):
+        assert said in prose, said
 
 
 def test_a_table_typed_by_hand_is_noticed() -> None:

@@ -19,12 +19,16 @@ def test_cycles_rise_stay_and_start_anew():
     assert [w(i) for i in (0, 2, 5, 9, 10, 12)] == pytest.approx([0, 0.4, 1, 1, 0, 0.4])
     assert [Cyclical(10, cycles=2)(i) for i in (10, 19, 20, 25)] == [0, 1, 1, 1]
     assert Cyclical(10, ramp=1.0)(5) == pytest.approx(0.5)
+    w = Cyclical(10, cycles=2, start=0.2, end=0.6)
+    assert [w(i) for i in (0, 2, 5, 15, 20, 99)] == pytest.approx([0.2, 0.36, 0.6, 0.6, 0.6, 0.6])
 
 
 @pytest.mark.parametrize(
     "make",
     [
         lambda: Warmup(0),
+        lambda: Warmup(float("nan")),
+        lambda: Cyclical(float("nan")),
         lambda: Warmup(1, start=-1),
         lambda: Warmup(1, end=float("inf")),
         lambda: Cyclical(0),

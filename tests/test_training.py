@@ -32,6 +32,7 @@ from training_helpers import (
 
 import pyro_vae as pv
 from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.seeding import seeded
 from pyro_vae.training.checkpoint import copy_weights
 
 
@@ -253,6 +254,35 @@ def test_reduce_on_plateau_sees_the_loss(with_valid: bool) -> None:
     assert seen == [row[column] for row in run.metrics]
     rates = [row["learning_rate"] for row in run.metrics]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-5])
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_a_guide_with_dropout_has_no_path_derivative(gradient: str) -> None:
+    """It would be another function the second time it is run: the gradient would be wrong."""
+    vae = small_vae(dropout=0.5)
+    before = copy_weights(vae)
+    objective = pv.ELBO("monte_carlo", "stl") if gradient == "stl" else pv.IWAE(3, "dreg")
+    with pytest.raises(SiteError, match=r'another density at site "z".*dropout'):
+        train(vae, objective=objective)
+    assert identical(vae, before)
+    train(vae, objective=pv.IWAE(3))
+
+
+def test_trying_the_gradient_leaves_batch_normalisation_alone() -> None:
+    def batch_norm(fan_in: int, fan_out: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(fan_in, 4), nn.BatchNorm1d(4), nn.Linear(4, fan_out))
+
+    counted = []
+    for gradient in ("standard", "stl"):
+        with seeded(0):
+            vae = pv.VAE(
+                pv.priors.StandardNormal(2),
+                pv.likelihoods.Bernoulli(batch_norm(2, FEATURES)),
+                pv.posteriors.DiagonalNormal(batch_norm(FEATURES, 4)),
+            )
+        _, run = train(vae, objective=pv.ELBO("monte_carlo", gradient), epochs=1)
+        counted.append([int(vae.posterior.network[1].num_batches_tracked), run.metrics[-1]["step"]])
+    assert counted[0] == counted[1] == [counted[0][1]] * 2
 
 
 def test_kl_schedule_warms_up_from_zero_and_the_weight_comes_back() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from toys import repeat, z_score_between
 
 import pyro_vae as pv
-from pyro_vae.errors import DataError, ParameterStoreError, ShapeError, SupportError
+from pyro_vae.errors import ConfigError, DataError, ParameterStoreError, ShapeError, SupportError
 
 FEATURES, LATENT = 6, 2
 LIKELIHOODS = (pv.likelihoods.Bernoulli, pv.likelihoods.Normal)
@@ -315,6 +315,37 @@ def test_any_callable_serves_as_a_part():
         losses.append(objective.loss(vae.model, vae.guide, x))
     assert losses[0] == pytest.approx(losses[1])
     assert vae.generate(4, seed=0).mean.shape == (4, FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("prior", "match"),
+    [
+        (dist.Normal(torch.zeros(LATENT), 1.0).to_event(1), r"Independent returned .*lambda: p"),
+        (lambda: torch.zeros(LATENT), r"<lambda> returned a torch\.Tensor"),
+        (lambda: torch.distributions.Normal(0.0, 1.0), r"torch\.distributions.*\.Normal"),
+    ],
+)
+def test_a_part_that_returns_no_distribution_is_named(prior, match):
+    vae, x = make_vae(), make_data()
+    wrong = pv.VAE(prior, vae.likelihood, vae.posterior)
+    for run in (lambda: pv.ELBO().loss(wrong.model, wrong.guide, x), lambda: wrong.check_shape(x)):
+        with pytest.raises(ConfigError, match=match):
+            run()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generating_is_evaluation(training):
+    """Neither dropout nor the statistics of a batch, which it leaves as they are."""
+    layers = [nn.Linear(LATENT, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, FEATURES)]
+    vae = make_vae()
+    vae.model.likelihood = pv.likelihoods.Bernoulli(nn.Sequential(*layers))
+    vae.train(training)
+    before = copy.deepcopy(vae.state_dict())
+    generated = vae.generate(1, seed=0).mean
+    assert all(module.training == training for module in vae.modules())
+    assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
+    vae.eval()
+    assert torch.equal(vae.generate(1, seed=0).mean, generated)
 
 
 def test_encode_decode_and_generate():

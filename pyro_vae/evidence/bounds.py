@@ -13,10 +13,11 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, SiteError, UnknownNameError
 from pyro_vae.evidence.ais import Settings
 from pyro_vae.evidence.annealing import Annealer, Start, check_annealing
-from pyro_vae.evidence.ground import CHUNK_BYTES, at_least, prepare, undisturbed
+from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
 from pyro_vae.evidence.importance import Proposal, Sampler
 from pyro_vae.evidence.target import Target
 from pyro_vae.seeding import derive, seeded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,6 @@ from pyro_vae.errors import ConfigError, DataError
 from pyro_vae.typing import Program
 
 CHUNK_BYTES = 64 * 2**20
-
-
-def at_least(name: str, value: Any, least: int) -> None:
-    """Raise `ConfigError` unless an option is a whole number and large enough."""
-    if not isinstance(value, Integral) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def prepare(

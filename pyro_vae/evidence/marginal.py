@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pyro_vae.checks import at_least
 from pyro_vae.data import Split
 from pyro_vae.errors import ConfigError, UnknownNameError
 from pyro_vae.evidence.ais import Settings
 from pyro_vae.evidence.annealing import Start, check_annealing
 from pyro_vae.evidence.diagnostics import checkpoints
 from pyro_vae.evidence.draws import Guide
-from pyro_vae.evidence.ground import CHUNK_BYTES, at_least, prepare, undisturbed
+from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
 from pyro_vae.evidence.importance import Proposal
 from pyro_vae.evidence.methods import METHODS, Columns, Options, Results
 from pyro_vae.evidence.result import Evidence

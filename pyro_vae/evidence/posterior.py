@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.evidence.ground import CHUNK_BYTES, at_least, prepare, undisturbed
+from pyro_vae.checks import at_least
+from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
 from pyro_vae.evidence.importance import Proposal, Sampler
 from pyro_vae.evidence.target import Target
 from pyro_vae.seeding import derive

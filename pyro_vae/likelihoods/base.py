@@ -39,6 +39,12 @@ class Likelihood(nn.Module):
         super().__init__()
         self.network = network
 
+    @property
+    def _features(self) -> int | None:
+        """Number of values in a datum, where the network tells how many outputs it has."""
+        outputs = getattr(self.network, "out_features", None)
+        return None if outputs is None else outputs // self.outputs_per_feature
+
     def forward(self, z: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x|z): batch shape `z.shape[:-1]`.
 

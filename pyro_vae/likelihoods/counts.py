@@ -75,8 +75,8 @@ class NegativeBinomial(Poisson):
             number (fixed), `"learned"` (one for all), `"per_feature"` (one each), or
             `"predicted"`. Large values make a Poisson.
         min_concentration: floor of theta where it is not fixed.
-        features: number of values in a datum, for `"per_feature"`; by default the network's
-            `out_features`.
+        features: number of values in a datum, for `"per_feature"`; by default what the network's
+            `out_features` are enough for.
         offset: see `Poisson`.
 
     Raises:
@@ -93,11 +93,14 @@ class NegativeBinomial(Poisson):
         offset: bool = False,
     ) -> None:
         super().__init__(network, offset=offset)
-        self.concentration = LikelihoodScale(concentration, min_concentration, features, network)
-        self.outputs_per_feature = 2 if concentration == "predicted" else 1
+        if concentration == "predicted":
+            self.outputs_per_feature += 1
+        features = self._features if features is None else features
+        self.concentration = LikelihoodScale(concentration, min_concentration, features)
 
     def distribution(self, *parameters: Tensor) -> Distribution:
         log_rate, *raw_concentration = parameters
+        self.concentration.check(log_rate)
         return distributions.NegativeBinomial(log_rate, self.concentration(*raw_concentration))
 
 
@@ -116,24 +119,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         ConfigError: an argument is not as above.
     """
 
-    def __init__(
-        self,
-        network: nn.Module | None = None,
-        concentration: float | str = "per_feature",
-        *,
-        min_concentration: float = 1e-3,
-        features: int | None = None,
-        offset: bool = False,
-    ) -> None:
-        width = getattr(network, "out_features", None)
-        super().__init__(
-            network,
-            concentration,
-            min_concentration=min_concentration,
-            features=features or (width and width // 2),
-            offset=offset,
-        )
-        self.outputs_per_feature += 1
+    outputs_per_feature = 2
 
     def distribution(self, *parameters: Tensor) -> Distribution:
         log_rate, gate_logits, *raw_concentration = parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Unpack
 
 import pyro.distributions as dist
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae import distributions
-from pyro_vae.errors import ConfigError
+from pyro_vae.checks import at_least
 from pyro_vae.likelihoods.base import Likelihood
-from pyro_vae.likelihoods.real import LocationScale
+from pyro_vae.likelihoods.real import LocationScale, ScaleOptions
 from pyro_vae.typing import Distribution
 
 
@@ -33,8 +33,7 @@ class Binomial(Likelihood):
 
     def __init__(self, network: nn.Module | None = None, total_count: int = 1) -> None:
         super().__init__(network)
-        if total_count < 1 or total_count % 1:
-            raise ConfigError(f"total_count is a whole number of at least 1, got {total_count!r}")
+        at_least("total_count", total_count, 1)
         self.total_count = total_count
         self.support = constraints.integer_interval(0, total_count)
         self.takes = f"whole numbers from 0 to {total_count}"
@@ -66,10 +65,7 @@ class Categorical(Likelihood):
 
     def __init__(self, network: nn.Module | None = None, num_categories: int = 2) -> None:
         super().__init__(network)
-        if num_categories < 2 or num_categories % 1:
-            raise ConfigError(
-                f"num_categories is a whole number of at least 2, got {num_categories!r}"
-            )
+        at_least("num_categories", num_categories, 2)
         self.outputs_per_feature = num_categories
         self.support = constraints.integer_interval(0, num_categories - 1)
         self.takes = f"the codes 0 to {num_categories - 1}"
@@ -87,9 +83,10 @@ class DiscretizedLogistic(LocationScale):
     `-log p / (features log 2)`.
 
     Args:
-        network, scale, min_scale, mean_activation, features: see `LocationScale`; the scale of the
-            logistic, on the scale where the levels span [0, 1]. Starts at 0.1.
+        network, scale: see `LocationScale`; the scale of the logistic, on the scale where the
+            levels span [0, 1]. Starts at 0.1.
         levels: at least 2.
+        options: `min_scale`, `mean_activation`, `features`: see `LocationScale`.
 
     Raises:
         ConfigError: an argument is not as above.
@@ -104,19 +101,10 @@ class DiscretizedLogistic(LocationScale):
         scale: float | str = "learned",
         *,
         levels: int = 256,
-        min_scale: float = 1e-3,
-        mean_activation: Callable[[Tensor], Tensor] | None = None,
-        features: int | None = None,
+        **options: Unpack[ScaleOptions],
     ) -> None:
-        super().__init__(
-            network,
-            scale,
-            min_scale=min_scale,
-            mean_activation=mean_activation,
-            features=features,
-        )
-        if levels < 2 or levels % 1:
-            raise ConfigError(f"levels is a whole number of at least 2, got {levels!r}")
+        super().__init__(network, scale, **options)
+        at_least("levels", levels, 2)
         self.levels = levels
         self.support = distributions.Levels(levels)
         self.takes = f"the {levels} levels k/{levels - 1}"

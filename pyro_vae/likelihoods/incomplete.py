@@ -9,11 +9,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 
+from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import DataError, SiteError
 from pyro_vae.likelihoods.base import check_finite
 from pyro_vae.typing import Conditional, Distribution
-
-EMPTY = torch.Size()
 
 
 class Incomplete(nn.Module):

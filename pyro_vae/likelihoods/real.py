@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import pyro.distributions as dist
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from pyro_vae.errors import ConfigError
+from pyro_vae.checks import at_least
+from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.typing import Distribution
 
@@ -23,9 +25,7 @@ class LikelihoodScale(nn.Module):
             `"per_feature"` (one each), or `"predicted"` (by the network, for each datum and value).
         floor: of every form that is not fixed: the value is `floor + softplus(raw)`. It bounds the
             likelihood, which otherwise grows without limit as a scale falls to zero.
-        features: number of values in a datum, for `"per_feature"`; by default the network's
-            `out_features`.
-        network: see `features`.
+        features: number of values in a datum, for `"per_feature"`.
         initial: where a learned value starts, and the predicted one for a raw output of zero.
 
     Raises:
@@ -39,7 +39,6 @@ class LikelihoodScale(nn.Module):
         form: float | str,
         floor: float,
         features: int | None = None,
-        network: nn.Module | None = None,
         initial: float = 1.0,
     ) -> None:
         super().__init__()
@@ -50,9 +49,9 @@ class LikelihoodScale(nn.Module):
         if form == "learned":
             self.raw = nn.Parameter(start)
         elif form == "per_feature":
-            features = features or getattr(network, "out_features", None)
             if features is None:
                 raise ConfigError('"per_feature" needs features=, the number of values in a datum')
+            at_least("features", features, 1)
             self.raw = nn.Parameter(start.repeat(features))
         elif form == "predicted":
             self.start = start.item()
@@ -69,6 +68,22 @@ class LikelihoodScale(nn.Module):
         if isinstance(self.form, int | float):
             return self.fixed
         return self.floor + softplus(self.raw if raw is None else self.start + raw)
+
+    def check(self, values: Tensor) -> None:
+        """Raise `ShapeError` where there is one a feature, and not one for each of these values."""
+        if self.form == "per_feature" and values.shape[-1:] != self.raw.shape:
+            raise ShapeError(
+                f'"per_feature" was given features={len(self.raw)}, but the network gives '
+                f"{values.shape[-1]} values"
+            )
+
+
+class ScaleOptions(TypedDict, total=False):
+    """What every `LocationScale` takes besides its network and scale."""
+
+    min_scale: float
+    mean_activation: Callable[[Tensor], Tensor] | None
+    features: int | None
 
 
 class LocationScale(Likelihood):
@@ -103,14 +118,16 @@ class LocationScale(Likelihood):
         features: int | None = None,
     ) -> None:
         super().__init__(network)
-        self.scale = LikelihoodScale(scale, min_scale, features, network, self.initial_scale)
         self.outputs_per_feature = 2 if scale == "predicted" else 1
+        features = self._features if features is None else features
+        self.scale = LikelihoodScale(scale, min_scale, features, self.initial_scale)
         self.mean_activation = mean_activation
 
     def distribution(self, *parameters: Tensor) -> Distribution:
         raw_location, *raw_scale = parameters
         activation = self.mean_activation
         location = raw_location if activation is None else activation(raw_location)
+        self.scale.check(location)
         return self.family(location, self.scale(*raw_scale))
 
     def family(self, location: Tensor, scale: Tensor) -> Distribution:
@@ -144,8 +161,9 @@ class StudentT(LocationScale):
     """Real data with heavy-tailed noise, for outliers.
 
     Args:
-        network, scale, min_scale, mean_activation, features: see `LocationScale`.
+        network, scale: see `LocationScale`.
         df: degrees of freedom, above 1 so that E[x|z] exists.
+        options: `min_scale`, `mean_activation`, `features`: see `LocationScale`.
 
     Raises:
         ConfigError: an argument is not as above.
@@ -157,17 +175,9 @@ class StudentT(LocationScale):
         scale: float | str = "learned",
         *,
         df: float = 4.0,
-        min_scale: float = 1e-3,
-        mean_activation: Callable[[Tensor], Tensor] | None = None,
-        features: int | None = None,
+        **options: Unpack[ScaleOptions],
     ) -> None:
-        super().__init__(
-            network,
-            scale,
-            min_scale=min_scale,
-            mean_activation=mean_activation,
-            features=features,
-        )
+        super().__init__(network, scale, **options)
         if not 1 < df < float("inf"):
             raise ConfigError(f"df must be finite and above 1, got {df}")
         self.df = df

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -11,12 +14,22 @@ from pyro_vae.programs import Site
 
 
 def factors(q: Site, p: Site) -> bool:
-    """Whether both distributions are products over the same dimensions."""
+    """Whether both distributions are products over the same dimensions, of which a number is one.
+
+    Not so a Delta: an AutoGuide's has no more than a part of log q.
+    """
     both = (q["fn"], p["fn"])
-    return all(isinstance(fn, Independent) for fn in both) and all(
-        fn.reinterpreted_batch_ndims == len(fn.event_shape) == len(q["fn"].event_shape)
+    if not any(fn.event_shape for fn in both):
+        return not isinstance(q["fn"], Delta)
+    return all(
+        isinstance(fn, Independent) and fn.reinterpreted_batch_ndims == len(fn.event_shape)
         for fn in both
     )
+
+
+def factor(fn: Any) -> Any:
+    """The distribution of every dimension, of one that factorises."""
+    return fn.base_dist if fn.event_shape else fn
 
 
 def monte_carlo_kl(q: Site, p: Site, mean: Expectation) -> Tensor:
@@ -29,13 +42,14 @@ def monte_carlo_kl(q: Site, p: Site, mean: Expectation) -> Tensor:
 
 def dimension_first(value: Tensor, site: Site, by_dimension: bool) -> Tensor:
     """`(*batch, *event)` to `(event, *batch)`: masks and scales then broadcast over the batch."""
-    if not by_dimension:
+    dims = len(site["fn"].event_shape)
+    if not by_dimension or dims == 0:
         return value.unsqueeze(0)
-    return value.flatten(-len(site["fn"].event_shape)).movedim(-1, 0)
+    return value.flatten(-dims).movedim(-1, 0)
 
 
 def _log_prob(site: Site, by_dimension: bool) -> Tensor:
     if not by_dimension:
         return programs.log_prob(site).unsqueeze(0)
-    value = site["fn"].base_dist.log_prob(site["value"], *site["args"], **site["kwargs"])
+    value = factor(site["fn"]).log_prob(site["value"], *site["args"], **site["kwargs"])
     return dimension_first(value, site, by_dimension)

@@ -20,7 +20,7 @@ from pyro_vae.objectives.base import (
     frozen_sites,
     posterior_means,
 )
-from pyro_vae.objectives.dimensions import dimension_first, factors, monte_carlo_kl
+from pyro_vae.objectives.dimensions import dimension_first, factor, factors, monte_carlo_kl
 from pyro_vae.objectives.expectation import Expectation
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
@@ -187,7 +187,7 @@ def _analytic_kl(name: str, run: Run) -> tuple[Tensor | None, str]:
         return None, "model and guide carry different scales or masks there"
     q_fn, p_fn = q["fn"], p["fn"]
     if factors(q, p):
-        q_fn, p_fn = q_fn.base_dist, p_fn.base_dist
+        q_fn, p_fn = factor(q_fn), factor(p_fn)
     if isinstance(q_fn, Delta):
         return None, "the guide's distribution is a Delta, whose log-density is exact as it is"
     try:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, SiteError
 from pyro_vae.objectives.base import (
     Objective,
     Terms,
-    check_number,
     check_reparametrized,
     frozen_sites,
     posterior_means,
@@ -59,24 +59,20 @@ class MIWAE(Objective):
     ) -> None:
         if gradient not in ("standard", "stl", "dreg"):
             raise ConfigError(f'gradient is "standard", "stl" or "dreg", got {gradient!r}')
-        check_number("num_particles", num_particles)
-        check_number("num_estimates", num_estimates)
+        at_least("num_particles", num_particles, 1)
+        at_least("num_estimates", num_estimates, 1)
         super().__init__(num_particles * num_estimates, max_plate_nesting)
         self.num_estimates = num_estimates
         self.gradient = gradient
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         pair = self._pair(model, guide, args, kwargs)
-        run = pair.run()
-        check_reparametrized(run)
-        draws = run.values
         gradient = self.gradient if torch.is_grad_enabled() else "standard"
-        if gradient == "stl":
-            run = Run(run.model, frozen_sites(pair, run, draws))
-        elif gradient == "dreg":
-            leaves = _leaves(draws)
-            model_sites = pair.sites_at(model, {**run.subsamples, **leaves})
-            run = Run(model_sites, frozen_sites(pair, run, leaves))
+        run = pair.run(leaves=gradient == "dreg")
+        check_reparametrized(run)
+        draws, leaves = run.values, run.leaves
+        if gradient != "standard":
+            run = Run(run.model, frozen_sites(pair, run, leaves or draws))
 
         weights = LogWeights.of(run, pair)
         log_w = weights.log_w.unflatten(0, (self.num_estimates, -1))
@@ -161,17 +157,16 @@ class LogWeights:
     @classmethod
     def of(cls, run: Run, pair: Pair) -> LogWeights:
         """The weights of a run; all sites must agree on the scale of a datum."""
-        sites = [*run.model.items(), *run.auxiliary]
-        everywhere = [*sites, *run.guide.items()]
-        _check_nesting(everywhere, pair.nesting)
-        plates = programs.shared_plates([site for _, site in everywhere])
-        scale = _scale_of_a_datum(_common_scale(everywhere, plates), plates, pair.nesting)
+        sites = [*run.model.items(), *run.guide.items()]
+        _check_nesting(sites, pair.nesting)
+        plates = programs.shared_plates([site for _, site in sites])
+        scale = _scale_of_a_datum(_common_scale(sites, plates), plates, pair.nesting)
 
         def within(site: programs.Site) -> Tensor:
             return programs.sum_within(programs.log_prob(site), plates, pair.nesting)
 
         log_joint, log_q, reconstruction = (
-            torch.as_tensor(sum(map(within, group)))
+            sum(map(within, group), torch.zeros(()))
             for group in (run.model.values(), run.guide.values(), (s for _, s in run.observed))
         )
         return cls(log_joint - log_q, reconstruction, scale)
@@ -224,13 +219,6 @@ def _scale_of_a_datum(scale: Any, plates: list[int], nesting: int) -> Any:
             "its importance weight: give one for each datum, or use ELBO"
         )
     return scale.reshape([shape[dim] for dim in plates])
-
-
-def _leaves(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The draws as constants to differentiate by."""
-    return {
-        name: value.detach().requires_grad_(value.requires_grad) for name, value in draws.items()
-    }
 
 
 def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:

@@ -217,6 +217,28 @@ def _trace(vae: Any, objective: Objective, batch: Batch) -> None:
     terms(objective, vae.model, vae.guide, True, backend=lambda graph, inputs: graph)(*batch)
 
 
+def try_again(vae: Any, objective: Objective, batch: Batch) -> None:
+    """See that a guide which the gradient runs twice is the same both times, in training mode.
+
+    The path derivatives take it for granted while training. Buffers (of batch normalisation) are
+    put back.
+
+    Raises:
+        SiteError: it is not, as with dropout.
+    """
+    if getattr(objective, "gradient", "standard") == "standard":
+        return
+    modules = programs.modules_of(vae.model, vae.guide)
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    with programs.evaluating(vae.model, vae.guide), pyro.validation_enabled(True):
+        for module in modules:
+            module.train()
+        objective.terms(vae.model, vae.guide, *batch)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+
+
 def _about_context(batch: Batch) -> str:
     if len(batch) == 1:
         return ""

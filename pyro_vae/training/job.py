@@ -23,6 +23,7 @@ from pyro_vae.training.checks import (
     frozen_parameters_allowed,
     make_optimizer,
     make_scheduler,
+    try_again,
     try_program,
     weights_of,
     whole,
@@ -166,6 +167,7 @@ def fit(
             weights.double()
         samples = [batches.first() for batches in (train, valid) if batches is not None]
         estimators = try_program(vae, objective, samples, compile).estimators
+        try_again(vae, objective, samples[0])
         parameters = check_parameters(weights, pyro.get_param_store())
         opt = make_optimizer(optimizer, parameters, learning_rate)
         schedule = make_scheduler(scheduler, opt)
