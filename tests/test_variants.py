@@ -13,6 +13,7 @@ from pyro.infer import SVI, TraceEnum_ELBO
 from scipy import stats
 from scipy.special import logsumexp
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 from toys import repeat, z_score_between
 
 import pyro_vae as pv
@@ -245,7 +246,7 @@ def test_what_has_no_best_probabilities_says_so():
     vae = GaussianMixtureVAE(Normal(MLP(2, [], 2)), flow, 3, 2)
     with pytest.raises(AnalyticKLError, match="give a classifier"):
         ELBO(kl="auto").loss(vae.model, vae.guide, X)
-    with pytest.raises(AnalyticKLError, match="no plain VAE"):
+    with pytest.raises(ConfigError, match="no plain VAE"):
         gmvae().plain()
 
 
@@ -273,15 +274,58 @@ def test_generated_data_have_the_model_s_moments(make):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (torch.tensor([0, 1, 3, 0]), r"y\[1\] = 3|= 3"),
-        (torch.tensor([0, 1, -2, 0]), "-2"),
+        (torch.tensor([0, 1, 3, 0]), r"y\[2\] = 3"),
+        (torch.tensor([-1, -1, -2, 0]), r"y\[2\] = -2"),
+        (torch.tensor([True, False, True, True]), "whole numbers"),
         (torch.eye(3)[[0, 1, 2, 0]], "whole numbers, -1 where"),
         (torch.zeros(4), "whole numbers"),
     ],
 )
 def test_labels_that_are_none(labels, words):
-    with pytest.raises(DataError, match=words):
-        pv.fit(m2(), pv.Split(X, context=labels), epochs=1, batch_size=2, progress=False)
+    """By every way in: `fit` with a split or a loader, `log_marginal`, and plain Pyro."""
+    for vae, x in ((m2(), X), (stacked(), X)):
+        options = {"epochs": 1, "batch_size": 4, "progress": False, "objective": ELBO(kl="auto")}
+        with pytest.raises(DataError, match=words):
+            pv.fit(vae, pv.Split(x, context=labels), **options)
+        loader = DataLoader(TensorDataset(x, labels), batch_size=4)
+        with pytest.raises(DataError, match=words):
+            pv.fit(vae, loader, **options)
+        with pytest.raises(DataError, match=words):
+            pv.log_marginal(vae.model, vae.guide, x, labels, num_samples=5)
+        with pytest.raises(DataError, match=words):
+            TraceEnum_ELBO(max_plate_nesting=1).loss(vae.model, vae.guide, x, labels)
+
+
+def test_an_unknown_class_is_not_the_last_one():
+    """-1 would index it."""
+    vae, z, unknown = m2(), torch.zeros(2, 1), torch.tensor([0, -1])
+    asked = (
+        lambda: vae.decode(z, unknown),
+        lambda: vae.prior(unknown),
+        lambda: vae.generate(2, unknown),
+        lambda: stacked().generate(2, unknown),
+    )
+    for ask in asked:
+        with pytest.raises(DataError, match=r"y\[1\] = -1"):
+            ask()
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_classifier_of_another_number_of_classes(number):
+    """Of fewer it would be silently wrong: the others would never be guessed."""
+    vae = SemiSupervisedVAE(
+        class_means(), decoder(), exact_posterior(), Classifier(MLP(2, [], number)), CLASSES
+    )
+    with pytest.raises(ShapeError, match=f"over {number} classes, the model has 3"):
+        ELBO(kl="monte_carlo").loss(vae.model, vae.guide, X)
+
+
+def test_data_that_no_components_can_be_placed_by():
+    vae = GaussianMixtureVAE(Normal(MLP(2, [], 2)), DiagonalNormal(MLP(2, [], 4)), 5, 2)
+    with pytest.raises(DataError, match="5 components cannot be placed by 4 data"):
+        vae.place(X)
+    with pytest.raises(DataError, match=r"x\[1, 0\] = nan"):
+        vae.place(torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]).repeat(3, 1))
 
 
 def test_sizes_and_weights_that_mean_nothing():
