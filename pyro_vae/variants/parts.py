@@ -10,7 +10,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vae.data import UNKNOWN, one_hot
+from pyro_vae.data import UNKNOWN, check_classes
 from pyro_vae.errors import AnalyticKLError, DataError, ShapeError
 from pyro_vae.likelihoods import check_finite
 from pyro_vae.typing import Conditional, Distribution
@@ -27,7 +27,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             "labels are (N,) whole numbers, -1 where the class is not known; got shape "
             f"{tuple(labels.shape)} of {labels.dtype}"
         )
-    one_hot(labels.where(labels != UNKNOWN, 0), num_classes)
+    check_classes(labels.where(labels != UNKNOWN, 0), num_classes)
 
 
 def known_or(q: Distribution, labels: Tensor | None, num_classes: int) -> Distribution:
