@@ -427,6 +427,7 @@ def plot(run: Path, seed: int, overwrite: bool) -> None:
         vae, data, recipe = load_run(run)
         test, shape = data.test.fixed(), data.image_shape
         context, classes = sample_context(recipe, data, 64), _num_classes(recipe, data)
+        row = "cluster" if recipe.model == "gmvae" else "class"
         figures: dict[str, Callable[[], Any]] = {
             "training_curves": lambda: plots.training_curves(run / METRICS),
             "reconstructions": lambda: plots.reconstructions(
@@ -435,7 +436,7 @@ def plot(run: Path, seed: int, overwrite: bool) -> None:
             "samples": lambda: plots.samples(vae, shape, seed=seed, context=context),
             "latent_map": lambda: plots.latent_map(vae, test.x, test.y, context=test.context),
             "manifold": lambda: plots.manifold(vae, shape),
-            "class_grid": lambda: plots.class_grid(vae, classes, shape, seed=seed),
+            "class_grid": lambda: plots.class_grid(vae, classes, shape, seed=seed, name=row),
         }
         if recipe.model != "vae" or recipe.latent != 2:
             del figures["manifold"]
