@@ -188,7 +188,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     "--num-particles", type=click.IntRange(1), default=1, help="Draws per datum and step."
 )
 @click.option(
-    "--labels", type=click.IntRange(1), default=100, help="Training labels that m2 is told."
+    "--labels",
+    type=click.IntRange(0),
+    default=100,
+    help="Training labels that m2 is told; 0 for all that are known, which are those not -1.",
 )
 @click.option(
     "--label-weight", type=float, default=0.1, help="Of m2's labels, each times N / labels."
@@ -302,15 +305,17 @@ def evaluate(
     It is written to RUN/evidence.npz and drawn in RUN/figures/evidence.png.
     """
     import pyro_vae as pv
-    from pyro_vae.recipes import load_run
+    from pyro_vae.recipes import is_conditional, load_run
     from pyro_vae.training.folder import EVIDENCE, EVIDENCE_FIGURE, new_output
 
     with (
         new_output(run / EVIDENCE, overwrite) as file,
         new_output(run / EVIDENCE_FIGURE, overwrite) as figure,
     ):
-        vae, data, _ = load_run(run)
+        vae, data, recipe = load_run(run)
         split = _part(data, part)[:limit]
+        if not is_conditional(recipe):
+            split = split.given(None)  # log p(x) of every row, not log p(x, y) of those with labels
         evidence = pv.log_marginal(
             vae.model, vae.guide, split, num_samples=num_samples, method=method, seed=seed
         )
@@ -395,7 +400,7 @@ def impute(run: Path, data: Path, out: Path | None, overwrite: bool, **options: 
     """
     import pyro_vae as pv
     from pyro_vae.imputation.files import read_holes, write_imputations
-    from pyro_vae.recipes import load_run
+    from pyro_vae.recipes import is_conditional, load_run
     from pyro_vae.training.folder import IMPUTATIONS, new_output
 
     out = run / IMPUTATIONS if out is None else out
@@ -403,8 +408,8 @@ def impute(run: Path, data: Path, out: Path | None, overwrite: bool, **options: 
         raise ConfigError(f"imputations are saved as .npz, not {out.name!r}")
     with new_output(out, overwrite) as file:
         x, mask = read_holes(data)
-        vae, trained_on, _ = load_run(run)
-        if trained_on.train.context is not None:
+        vae, trained_on, recipe = load_run(run)
+        if is_conditional(recipe):
             raise ConfigError(
                 f"the model of {run} is given a context with each datum, and a file of holes has "
                 "none: use pyro_vae.impute(model, guide, x, context)"
@@ -442,6 +447,7 @@ def plot(run: Path, seed: int, overwrite: bool) -> None:
         vae, data, recipe = load_run(run)
         test, shape = data.test.fixed(), data.image_shape
         context, classes = sample_context(recipe, data, 64), _num_classes(recipe, data)
+        row = "cluster" if recipe.model == "gmvae" else "class"
         figures: dict[str, Callable[[], Any]] = {
             "training_curves": lambda: plots.training_curves(run / METRICS),
             "reconstructions": lambda: plots.reconstructions(
@@ -450,7 +456,7 @@ def plot(run: Path, seed: int, overwrite: bool) -> None:
             "samples": lambda: plots.samples(vae, shape, seed=seed, context=context),
             "latent_map": lambda: plots.latent_map(vae, test.x, test.y, context=test.context),
             "manifold": lambda: plots.manifold(vae, shape),
-            "class_grid": lambda: plots.class_grid(vae, classes, shape, seed=seed),
+            "class_grid": lambda: plots.class_grid(vae, classes, shape, seed=seed, name=row),
         }
         if recipe.model != "vae" or recipe.latent != 2:
             del figures["manifold"]

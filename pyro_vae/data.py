@@ -27,33 +27,49 @@ def bernoulli_draw(x: Tensor, generator: torch.Generator | None = None) -> Tenso
     )
 
 
-def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels 0, 1, ... as indicators `(N, num_classes)`, in torch's default precision.
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """Raise unless labels `(N,)` are classes.
 
     Raises:
         DataError: a label is not one of `num_classes`; the message names it and its row.
     """
-    bad = (labels < 0) | (labels >= num_classes) | (labels != labels.round())
+    bad = (labels < 0) | (labels >= num_classes) | (labels != labels.floor())
     if bad.any():
         row = int(bad.nonzero()[0])
         raise DataError(
             f"labels of {num_classes} classes are the whole numbers from 0 to {num_classes - 1}, "
             f"but y[{row}] = {labels[row].item():g}"
         )
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels 0, 1, ... as indicators `(N, num_classes)`, in torch's default precision.
+
+    Raises:
+        DataError: see `check_classes`.
+    """
+    check_classes(labels, num_classes)
     return torch.nn.functional.one_hot(labels.long(), num_classes).to(torch.get_default_dtype())
 
 
-def hide_labels(labels: Tensor, keep: int, seed: int = 0) -> Tensor:
-    """Labels `(N,)` with all but `keep` of them replaced by -1, unknown.
+def hide_labels(labels: Tensor, keep: int | None, seed: int = 0) -> Tensor:
+    """Labels `(N,)` with all but `keep` of them replaced by -1, unknown, as some may be already.
 
     Those kept are drawn from `seed`, as many of each class as of any other (one more of some where
     `keep` does not divide), as in Kingma et al. 2014, section 4.
 
+    Args:
+        keep: how many; None keeps all that are known.
+
     Raises:
-        DataError: a class has too few rows.
+        DataError: a class has too few rows, or a label is neither a class nor -1.
     """
+    known = labels != UNKNOWN
+    check_classes(labels.where(known, 0), 1 + max(0, int(labels.max())))
+    if keep is None:
+        return labels.long()
     generator = torch.Generator().manual_seed(seed)
-    classes = labels.unique()
+    classes = labels[known].unique()
     hidden = torch.full(labels.shape, UNKNOWN, dtype=torch.long, device=labels.device)
     for i, label in enumerate(classes):
         rows = (labels == label).nonzero().squeeze(1)
@@ -189,13 +205,17 @@ class Data:
         valid = None if self.valid is None else given(self.valid)
         return replace(self, train=given(self.train), valid=valid, test=given(self.test))
 
-    def given_labels(self, keep: int, seed: int = 0) -> Data:
+    def given_labels(self, keep: int | None = None, seed: int = 0) -> Data:
         """The same data, `keep` training labels as context, the others unknown (-1).
 
         Validation and test data are given none, so that their bound is that of log p(x).
 
+        Args:
+            keep: None keeps all that are known: those that are not -1.
+            seed: see `hide_labels`.
+
         Raises:
-            DataError: there are no labels, or too few of a class.
+            DataError: there are no labels, or too few of a class; or see `hide_labels`.
         """
         if self.train.y is None:
             raise DataError(f'"{self.name}" has no training labels to keep')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import Categorical
 
 from pyro_vae import programs
 from pyro_vae.checks import at_least
@@ -47,6 +48,7 @@ def active_units(
     x: Tensor,
     threshold: float = 0.01,
     *,
+    context: Tensor | None = None,
     num_samples: int = 32,
     batch_size: int = 1000,
     seed: int = 0,
@@ -56,26 +58,32 @@ def active_units(
     Where a site's distribution has a mean that depends on no other latent, E_q[u] is that mean.
     Elsewhere (a flow; the deeper layers of a hierarchy) it is an average over draws; its own
     variance is kept out by taking the covariance over x of two independent averages, which is
-    unbiased and may be slightly negative. The guide runs in evaluation mode.
+    unbiased and may be slightly negative. A class, whose number is but a name, is left out. The
+    guide runs in evaluation mode.
 
     Args:
         guide: called with rows of `x`; every site has the rows as its leading batch dimension.
         x: data, `(N, features)`, N > 1.
         threshold: 0.01 in the field.
+        context: `(N, ...)`, the guide's second argument where it takes one.
         num_samples: draws for each average, halved between the two.
         batch_size: rows at once.
         seed: of the draws.
 
     Raises:
         ConfigError: `num_samples` is no whole number of at least 2, or `batch_size` of at least 1.
-        ShapeError: fewer than two data, or a site that has no row for each.
+        ShapeError: fewer than two data, not as many contexts, or a site that has no row for each.
     """
     at_least("num_samples", num_samples, 2)
     at_least("batch_size", batch_size, 1)
     if len(x) < 2:
         raise ShapeError(f"a covariance over the data needs at least two, got {len(x)}")
+    args = (x,) if context is None else (x, context)
+    if len(args[-1]) != len(x):
+        raise ShapeError(f"{len(x)} data need as many contexts, got {len(args[-1])}")
+    parts = zip(*(arg.split(batch_size) for arg in args), strict=True)
     with seeded(seed), programs.evaluating(guide):
-        batches = [_two_means(guide, rows, num_samples // 2) for rows in x.split(batch_size)]
+        batches = [_two_means(guide, rows, num_samples // 2) for rows in parts]
     variance = {}
     for name in batches[0]:
         a, b = (torch.cat([batch[name][half] for batch in batches]) for half in range(2))
@@ -84,32 +92,33 @@ def active_units(
     return ActiveUnits(variance, threshold)
 
 
-def _two_means(guide: Program, x: Tensor, num_samples: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _two_means(
+    guide: Program, args: Sequence[Tensor], num_samples: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Two independent estimates of E_q[u] for each site, each `(rows, dimensions)`."""
-    halves = [_site_means(guide, x), _site_means(guide, x)]
+    halves = [_site_means(guide, args), _site_means(guide, args)]
     if all(torch.equal(halves[0][name], halves[1][name]) for name in halves[0]):
         return {name: (mean, mean) for name, mean in halves[0].items()}  # exact as they are
     for _ in range(num_samples - 1):
         for half in halves:
-            for name, mean in _site_means(guide, x).items():
+            for name, mean in _site_means(guide, args).items():
                 half[name] = half[name] + mean
     a, b = halves
     return {name: (a[name] / num_samples, b[name] / num_samples) for name in a}
 
 
-def _site_means(guide: Program, x: Tensor) -> dict[str, Tensor]:
+def _site_means(guide: Program, args: Sequence[Tensor]) -> dict[str, Tensor]:
     """Run the guide once: the mean of each site's distribution, or its draw where it has none."""
-    nodes = prune_subsample_sites(poutine.trace(guide).get_trace(x)).nodes
-    means = {}
+    nodes = prune_subsample_sites(poutine.trace(guide).get_trace(*args)).nodes
+    means, number = {}, len(args[0])
     for name, site in nodes.items():
-        if site["type"] == "sample" and not site["is_observed"]:
-            mean = _mean(site)
-            if mean.dim() == 0 or len(mean) != len(x):
-                shape = tuple(mean.shape)
-                raise ShapeError(
-                    f'site "{name}" has shape {shape}: no row for each of {len(x)} data'
-                )
-            means[name] = mean.reshape(len(x), -1).to(torch.promote_types(mean.dtype, torch.float))
+        if site["type"] != "sample" or site["is_observed"] or isinstance(site["fn"], Categorical):
+            continue
+        mean = _mean(site)
+        if mean.dim() == 0 or len(mean) != number:
+            shape = tuple(mean.shape)
+            raise ShapeError(f'site "{name}" has shape {shape}: no row for each of {number} data')
+        means[name] = mean.reshape(number, -1).to(torch.promote_types(mean.dtype, torch.float))
     return means
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import datasets, likelihoods, networks, posteriors, priors, variants
-from pyro_vae.data import Data, one_hot
+from pyro_vae.data import UNKNOWN, Data, one_hot
 from pyro_vae.datasets.files import READERS
 from pyro_vae.errors import CheckpointError, ConfigError, UnknownNameError
 from pyro_vae.objectives import ELBO, IWAE, Objective
@@ -50,7 +50,7 @@ class Recipe:
         scale: of a likelihood that has one: a number, "learned", "per_feature" or "predicted".
         kl, gradient, kl_weight, free_bits: see `ELBO` and `IWAE`.
         num_particles: draws per datum and step.
-        labels: training labels that an m2 model is told.
+        labels: training labels that an m2 model is told; 0 for all that are known.
         label_weight: of each of them, in units of N / labels (alpha / N of Kingma et al. 2014).
         clusters: of a gmvae.
         pretrain: epochs of the plain VAE that a gmvae starts from.
@@ -163,9 +163,14 @@ def start(recipe: Recipe, data: Data, vae: Generative, **fitting: Any) -> None:
     _look_up(MODELS, recipe.model, "model").start(recipe, data, vae, **fitting)
 
 
+def is_conditional(recipe: Recipe) -> bool:
+    """Whether the model of a recipe must be given a context with each datum."""
+    return _look_up(MODELS, recipe.model, "model").conditional
+
+
 def sample_context(recipe: Recipe, data: Data, num: int) -> Tensor | None:
     """A context for `num` samples of a conditional model: the classes in turn."""
-    if not _look_up(MODELS, recipe.model, "model").conditional:
+    if not is_conditional(recipe):
         return None
     return one_hot(torch.arange(num) % data.num_classes, data.num_classes).float()
 
@@ -265,12 +270,13 @@ def _class_means(recipe: Recipe, data: Data) -> Generative:
 
 
 def _m2(recipe: Recipe, data: Data) -> Generative:
-    classes = data.num_classes
+    classes, told = data.num_classes, data.train.context
+    labels = recipe.labels if told is None else int((told != UNKNOWN).sum())
     posterior, likelihood = _parts(recipe, data, classes, classes)
     return variants.SemiSupervisedVAE(
         priors.StandardNormal(recipe.latent), likelihood, posterior,
         _classifier(recipe, data, classes), classes,
-        recipe.label_weight * len(data.train) / recipe.labels,
+        recipe.label_weight * len(data.train) / max(1, labels),
     )  # fmt: skip
 
 
@@ -380,7 +386,7 @@ def _given_classes(recipe: Recipe, data: Data) -> Data:
 
 
 def _given_labels(recipe: Recipe, data: Data) -> Data:
-    return data.given_labels(recipe.labels, recipe.seed)
+    return data.given_labels(recipe.labels or None, recipe.seed)
 
 
 MODELS = {

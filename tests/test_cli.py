@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -86,6 +87,27 @@ def test_every_model_goes_through_every_command(model: str, tmp_path: Path) -> N
     else:
         assert names == expected | {"latent_map", "class_grid"}
     assert "no use for" in run("train", "--out", tmp_path / "b", "--upper", "3", code=1).stderr
+
+
+def test_labels_are_of_training_alone(tmp_path: Path) -> None:
+    """An m2 model is judged by log p(x) of every row, and fills holes without being told."""
+    x = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)).round()
+    np.savez(tmp_path / "data.npz", x=x, y=np.arange(40) % 4 - 1)
+    folder = tmp_path / "m2"
+    holes = x[:3].masked_fill(torch.eye(3, 6) > 0, float("nan"))
+    np.savez(tmp_path / "holes.npz", x=holes)
+    m2 = ["--model", "m2", "--labels", "0", "--binarize", "none"]
+    run("train", "--out", folder, "--data", tmp_path / "data.npz", *m2, *FAST, "--batch-size", "8")
+    run("evaluate", folder, "--part", "train", "--num-samples", "5", "--method", "is")
+    run("impute", folder, "--data", tmp_path / "holes.npz", "--num-sweeps", "2")
+    vae, data, _ = load_run(folder)
+    assert set(data.train.context.tolist()) == {-1, 0, 1, 2}
+    assert vae.model.label_weight == pytest.approx(0.1 * 32 / int((data.train.context >= 0).sum()))
+    with np.load(folder / "evidence.npz", allow_pickle=False) as evidence:
+        expected = pv.log_marginal(
+            vae.model, vae.guide, data.train.given(None), num_samples=5, method="is"
+        )
+        np.testing.assert_allclose(evidence["log_px"], expected.log_px, rtol=1e-6)
 
 
 def test_train_leaves_a_run_folder(trained: Path) -> None:

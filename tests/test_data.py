@@ -130,3 +130,18 @@ def test_hidden_labels_are_balanced():
         hide_labels(torch.arange(6) % 2, 20)
     with pytest.raises(DataError, match="no training labels"):
         Data(Split(torch.rand(2, 2)), None, labelled(3)).given_labels(1)
+
+
+def test_labels_that_are_hidden_already():
+    """-1 is no class of its own, and None keeps what is known."""
+    labels = torch.tensor([-1, 2, 0, -1, 2, 1, 0, -1])
+    kept = hide_labels(labels, 3)
+    assert sorted(kept.tolist()) == [-1, -1, -1, -1, -1, 0, 1, 2]
+    assert (kept[labels < 0] == UNKNOWN).all()
+    split = Split(torch.rand(8, 2), labels.double())
+    known = Data(split, None, split).given_labels().train.context
+    assert torch.equal(known, labels)
+    assert torch.equal(hide_labels(torch.full((3,), -1), None), torch.full((3,), -1))
+    for wrong, words in ((0.5, r"y\[1\] = 0\.5"), (-2.0, r"y\[1\] = -2")):
+        with pytest.raises(DataError, match=words):
+            hide_labels(torch.tensor([-1.0, wrong, 1.0]), None)

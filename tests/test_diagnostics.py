@@ -139,6 +139,21 @@ def test_the_guide_runs_in_evaluation_mode_and_is_left_as_it_was():
     torch.testing.assert_close(units.variance["z"], vae.encode(x).mean.var(0).detach())
 
 
+def test_contexts_reach_the_guide_and_classes_are_no_units():
+    x, context = torch.randn(200, 2), torch.randn(200, 3)
+
+    def guide(x, context):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=x))
+            pyro.sample("z", dist.Normal(x[:, :1] * context, 1.0).to_event(1))
+
+    units = pv.active_units(guide, x, context=context, batch_size=70)
+    assert set(units.variance) == {"z"}
+    torch.testing.assert_close(units.variance["z"], (x[:, :1] * context).var(0))
+    with pytest.raises(ShapeError, match="200 data need as many contexts, got 3"):
+        pv.active_units(guide, x, context=context[:3])
+
+
 def test_what_has_no_covariance_is_refused():
     weight = torch.eye(2)
     with pytest.raises(ShapeError, match="at least two"):

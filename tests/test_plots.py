@@ -1,6 +1,7 @@
 """Figures hold the numbers they claim to: image data, curves, contours, labels, errors."""
 
 import math
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -591,6 +592,23 @@ def test_class_grid_has_a_row_a_class_and_a_column_a_noise(make):
         context = torch.eye(3)[labels] if make is class_vae else labels
         expected = vae.generate(4, context, seed=5).mean.numpy()
         np.testing.assert_allclose(shown[4 * y : 4 * y + 4].reshape(4, -1), expected, rtol=1e-6)
+    assert figure.axes[0].get_ylabel() == "Class"
+    assert plots.class_grid(vae, 3, SHAPE, name="cluster").axes[0].get_ylabel() == "Cluster"
+    with pytest.raises(ConfigError, match="num must be positive"):
+        plots.class_grid(vae, 3, SHAPE, num=0)
+    with pytest.raises((DataError, ShapeError), match="3 classes"):
+        plots.class_grid(vae, 4, SHAPE)
+
+
+def test_grids_state_the_values_of_black_and_white():
+    vae = class_vae()
+    vae.model.likelihood = Normal(MLP(2 + 3, [8], 12))
+    figure = plots.class_grid(vae, 3, SHAPE)
+    means = cells(figure.axes[0], 10)  # scaled to 0 and 1
+    low, high = re.findall(r"-?[\d.]+(?:e-?\d+)?", figure.get_supxlabel())
+    x = vae.generate(10, torch.eye(3)[torch.zeros(10).long()], seed=0).mean
+    expected = float(low) + (float(high) - float(low)) * means[:10].reshape(10, -1)
+    np.testing.assert_allclose(expected, x, atol=5e-3)
 
 
 @pytest.mark.parametrize("make", [class_vae, semi_supervised])
@@ -605,6 +623,10 @@ def test_analogies_decode_the_style_of_a_datum_in_every_class(make):
             labels = torch.full((4,), c)
             p = vae.decode(q, one[labels] if make is class_vae else labels)
             np.testing.assert_allclose(shown[:, 1 + c], p.mean, rtol=1e-6)
+    with pytest.raises(ConfigError, match="num must be positive"):
+        plots.analogies(vae, x, y, 3, SHAPE, num=0)
+    with pytest.raises(ShapeError, match="4 data need as many contexts"):
+        plots.analogies(vae, x, y[:2], 3, SHAPE, num=4)
 
 
 def test_contexts_reach_encoder_decoder_and_prior():

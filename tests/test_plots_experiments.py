@@ -34,6 +34,20 @@ def test_imputations_stand_under_what_was_observed():
         plots.imputations(imputed, (3, 4), truth[:, 1:].numpy())
 
 
+def test_lines_of_images_stand_under_their_names():
+    seen = torch.rand(4, 12) * 3 - 1
+    seen[:, :6] = torch.nan
+    (axes,) = plots.image_rows({"seen": seen, "zero": np.zeros((4, 12))}, (3, 4)).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["seen", "zero"]
+    mosaic = np.ma.filled(np.ma.asarray(axes.images[0].get_array(), float), np.nan)
+    low, high = min(0, seen.nan_to_num(0).min().item()), seen.nan_to_num(0).max().item()
+    last = mosaic[1:4, 3 * 6 + 1 : 3 * 6 + 5].reshape(-1)
+    np.testing.assert_allclose(low + last * (high - low), seen[3])
+    for lines, error in (({}, DataError), ({"a": seen, "b": seen[:2]}, ShapeError)):
+        with pytest.raises(error):
+            plots.image_rows(lines, (3, 4))
+
+
 def test_posteriors_have_a_panel_a_datum():
     exact, approximate = torch.randn(50, 3, 2), torch.randn(40, 3, 2)
     figure = plots.posteriors(exact, approximate, columns=2)

@@ -1,18 +1,33 @@
-"""The variants against closed forms: linear-Gaussian models, whose every density scipy knows.
-
-With class means m_y, z ~ N(m_y, 1) and x ~ N(W z + U_y + b, s^2 I), x given y is a Normal, its
-posteriors are Normals with linear means, and p(y|x) is a softmax of linear logits (all classes have
-one covariance), so that a guide of linear networks can be the posterior itself.
-"""
+"""The variants against closed forms: log p(x) of linear-Gaussian models, and what is refused."""
 
 import numpy as np
 import pyro
 import pytest
 import torch
+from linear_classes import (
+    BIAS,
+    BOUND,
+    CLASSES,
+    MEANS,
+    OFFSETS,
+    WEIGHT,
+    S,
+    X,
+    Y,
+    class_means,
+    decoder,
+    exact_classifier,
+    exact_posterior,
+    gmvae,
+    linear,
+    log_px_given_y,
+    m2,
+)
 from pyro.infer import SVI, TraceEnum_ELBO
 from scipy import stats
 from scipy.special import logsumexp
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 from toys import repeat, z_score_between
 
 import pyro_vae as pv
@@ -21,7 +36,7 @@ from pyro_vae.errors import AnalyticKLError, ConfigError, DataError, ShapeError
 from pyro_vae.likelihoods import Bernoulli, Normal
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import Classifier, DiagonalNormal
-from pyro_vae.priors import ClassMeans, StandardNormal
+from pyro_vae.priors import StandardNormal
 from pyro_vae.variants import (
     GaussianMixtureVAE,
     HierarchicalVAE,
@@ -29,77 +44,6 @@ from pyro_vae.variants import (
     StackedVAE,
     encoded,
 )
-
-BOUND = 4.5  # of a z-score: a right estimator passes it with a probability below 1e-5
-CLASSES, FEATURES = 3, 2
-S = 0.6
-
-MEANS = torch.tensor([[-1.5], [0.2], [1.0]], dtype=torch.float64)  # m
-WEIGHT = torch.tensor([[0.8], [-0.5]], dtype=torch.float64)  # W
-OFFSETS = torch.tensor([[0.5, -1.0], [0.0, 0.7], [-0.4, 0.1]], dtype=torch.float64)  # U
-BIAS = torch.tensor([0.1, -0.2], dtype=torch.float64)  # b
-X = torch.tensor([[0.3, -0.4], [-1.2, 0.9], [1.5, 0.2], [0.0, 0.0]], dtype=torch.float64)
-Y = torch.tensor([2, -1, 0, -1])
-
-
-def log_px_given_y(offsets: Tensor = OFFSETS, means: Tensor = MEANS) -> np.ndarray:
-    """log p(x|y), `(rows, classes)`."""
-    covariance = (WEIGHT @ WEIGHT.T).numpy() + S**2 * np.eye(FEATURES)
-    locs = (means @ WEIGHT.T + offsets + BIAS).numpy()
-    normals = [stats.multivariate_normal(loc, covariance) for loc in locs]
-    return np.stack([normal.logpdf(X.numpy()) for normal in normals], -1)
-
-
-def linear(weight: Tensor, bias: Tensor) -> MLP:
-    network = MLP(weight.shape[1], [], len(weight))
-    with torch.no_grad():
-        network.layers[-1].weight.copy_(weight)
-        network.layers[-1].bias.copy_(bias)
-    return network
-
-
-def class_means() -> ClassMeans:
-    prior = ClassMeans(CLASSES, 1)
-    with torch.no_grad():
-        prior.means.copy_(MEANS)
-    return prior
-
-
-def exact_posterior(offsets: Tensor = OFFSETS) -> DiagonalNormal:
-    """p(z|x, y): precision 1 + W'W / s^2, mean (m_y + W'(x - U_y - b) / s^2) / precision."""
-    precision = 1 + WEIGHT.square().sum() / S**2
-    by_x = WEIGHT.T / S**2 / precision
-    by_class = (MEANS.T - WEIGHT.T @ offsets.T / S**2) / precision
-    mean = torch.cat([by_x, by_class], 1)
-    bias = torch.cat([-WEIGHT.T @ BIAS / S**2 / precision, -precision.log().reshape(1)])
-    return DiagonalNormal(linear(torch.cat([mean, torch.zeros_like(mean)]), bias))
-
-
-def exact_classifier(offsets: Tensor = OFFSETS) -> Classifier:
-    """p(y|x): linear discriminant analysis."""
-    precision = torch.linalg.inv(WEIGHT @ WEIGHT.T + S**2 * torch.eye(FEATURES))
-    locs = MEANS @ WEIGHT.T + offsets + BIAS
-    return Classifier(linear(locs @ precision, -0.5 * (locs @ precision * locs).sum(1)))
-
-
-def decoder(offsets: Tensor = OFFSETS) -> Normal:
-    return Normal(linear(torch.cat([WEIGHT, offsets.T], 1), BIAS), S)
-
-
-def m2(label_weight: float = 0.0) -> SemiSupervisedVAE:
-    return SemiSupervisedVAE(
-        class_means(), decoder(), exact_posterior(), exact_classifier(), CLASSES, label_weight
-    )
-
-
-def gmvae() -> GaussianMixtureVAE:
-    none = torch.zeros_like(OFFSETS)
-    likelihood = Normal(linear(WEIGHT, BIAS), S)
-    vae = GaussianMixtureVAE(likelihood, exact_posterior(none), CLASSES, 1, exact_classifier(none))
-    means = torch.cat([MEANS.T, torch.zeros(1, CLASSES)])
-    vae.model.prior.network = linear(means, torch.zeros(2))
-    return vae
-
 
 # --- the conditional VAE, and the class means --------------------------------------------------
 
@@ -245,7 +189,7 @@ def test_what_has_no_best_probabilities_says_so():
     vae = GaussianMixtureVAE(Normal(MLP(2, [], 2)), flow, 3, 2)
     with pytest.raises(AnalyticKLError, match="give a classifier"):
         ELBO(kl="auto").loss(vae.model, vae.guide, X)
-    with pytest.raises(AnalyticKLError, match="no plain VAE"):
+    with pytest.raises(ConfigError, match="no plain VAE"):
         gmvae().plain()
 
 
@@ -273,15 +217,58 @@ def test_generated_data_have_the_model_s_moments(make):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (torch.tensor([0, 1, 3, 0]), r"y\[1\] = 3|= 3"),
-        (torch.tensor([0, 1, -2, 0]), "-2"),
+        (torch.tensor([0, 1, 3, 0]), r"y\[2\] = 3"),
+        (torch.tensor([-1, -1, -2, 0]), r"y\[2\] = -2"),
+        (torch.tensor([True, False, True, True]), "whole numbers"),
         (torch.eye(3)[[0, 1, 2, 0]], "whole numbers, -1 where"),
         (torch.zeros(4), "whole numbers"),
     ],
 )
 def test_labels_that_are_none(labels, words):
-    with pytest.raises(DataError, match=words):
-        pv.fit(m2(), pv.Split(X, context=labels), epochs=1, batch_size=2, progress=False)
+    """By every way in: `fit` with a split or a loader, `log_marginal`, and plain Pyro."""
+    for vae, x in ((m2(), X), (stacked(), X)):
+        options = {"epochs": 1, "batch_size": 4, "progress": False, "objective": ELBO(kl="auto")}
+        with pytest.raises(DataError, match=words):
+            pv.fit(vae, pv.Split(x, context=labels), **options)
+        loader = DataLoader(TensorDataset(x, labels), batch_size=4)
+        with pytest.raises(DataError, match=words):
+            pv.fit(vae, loader, **options)
+        with pytest.raises(DataError, match=words):
+            pv.log_marginal(vae.model, vae.guide, x, labels, num_samples=5)
+        with pytest.raises(DataError, match=words):
+            TraceEnum_ELBO(max_plate_nesting=1).loss(vae.model, vae.guide, x, labels)
+
+
+def test_an_unknown_class_is_not_the_last_one():
+    """-1 would index it."""
+    vae, z, unknown = m2(), torch.zeros(2, 1), torch.tensor([0, -1])
+    asked = (
+        lambda: vae.decode(z, unknown),
+        lambda: vae.prior(unknown),
+        lambda: vae.generate(2, unknown),
+        lambda: stacked().generate(2, unknown),
+    )
+    for ask in asked:
+        with pytest.raises(DataError, match=r"y\[1\] = -1"):
+            ask()
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_classifier_of_another_number_of_classes(number):
+    """Of fewer it would be silently wrong: the others would never be guessed."""
+    vae = SemiSupervisedVAE(
+        class_means(), decoder(), exact_posterior(), Classifier(MLP(2, [], number)), CLASSES
+    )
+    with pytest.raises(ShapeError, match=f"over {number} classes, the model has 3"):
+        ELBO(kl="monte_carlo").loss(vae.model, vae.guide, X)
+
+
+def test_data_that_no_components_can_be_placed_by():
+    vae = GaussianMixtureVAE(Normal(MLP(2, [], 2)), DiagonalNormal(MLP(2, [], 4)), 5, 2)
+    with pytest.raises(DataError, match="5 components cannot be placed by 4 data"):
+        vae.place(X)
+    with pytest.raises(DataError, match=r"x\[1, 0\] = nan"):
+        vae.place(torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]).repeat(3, 1))
 
 
 def test_sizes_and_weights_that_mean_nothing():

@@ -24,6 +24,8 @@ def prepare(
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Data on the device, and real numbers in the precision, of the programs' parameters.
 
+    Where the guide has a `check_context`, it is shown the context once, all of it, and may refuse.
+
     Raises:
         DataError: `x` is no array of numbers, or holds no datum.
         ConfigError: model or guide cannot be called.
@@ -34,6 +36,8 @@ def prepare(
     if isinstance(x, Split):
         x, *context = x.fixed().args
         args = (*context, *args)
+    if hasattr(guide, "check_context") and args and isinstance(args[0], Tensor):
+        guide.check_context(args[0])
     x = _as_tensor(x)
     if x.dim() == 0 or len(x) == 0:
         raise DataError(f"x holds no datum to evaluate: its shape is {tuple(x.shape)}")

@@ -13,7 +13,7 @@ from pyro_vae.plots.evidence import (
     log_px_histogram,
     worst_explained,
 )
-from pyro_vae.plots.experiments import densities, imputations, posteriors, series
+from pyro_vae.plots.experiments import densities, image_rows, imputations, posteriors, series
 from pyro_vae.plots.latent import latent_map, latent_maps
 from pyro_vae.plots.pictures import manifold, reconstructions, samples
 from pyro_vae.plots.tiles import tile
@@ -25,6 +25,7 @@ __all__ = [
     "convergence",
     "densities",
     "evaluation",
+    "image_rows",
     "imputations",
     "khat",
     "latent_map",

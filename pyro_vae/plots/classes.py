@@ -20,13 +20,18 @@ from pyro_vae.plots.reading import (
     looking,
     posterior_means,
 )
-from pyro_vae.plots.tiles import Shape, tile, value_limits
+from pyro_vae.plots.tiles import Shape, positive, state_limits, tile, value_limits
 
 WIDTH = 5.5  # inches
 
 
 def class_grid(
-    vae: Any, num_classes: int, image_shape: Shape | None, num: int = 10, seed: int = 0
+    vae: Any,
+    num_classes: int,
+    image_shape: Shape | None,
+    num: int = 10,
+    seed: int = 0,
+    name: str = "class",
 ) -> Figure:
     """E[x|z] of every class: a row a class (or cluster), drawn from it; the noise of a column is
     the same in all rows, so that a column is one style where z and class are told apart.
@@ -38,15 +43,20 @@ def class_grid(
         image_shape: of a datum, channels first; None draws lines over the features.
         num: columns.
         seed: of the noise.
+        name: of what a row is, such as "cluster".
+
+    Raises:
+        ConfigError: a number is not positive.
+        DataError: the model has fewer classes.
     """
+    positive(num_classes=num_classes, num=num)
     with looking(vae, seed):
         means = [
             flat(vae.generate(num, _classes(vae, torch.full((num,), y), num_classes), seed).mean)
             for y in range(num_classes)
         ]
-    return _grid(
-        np.concatenate(means), image_shape, num, "Class", "$\\mathbb{E}[x\\,|\\,z,y]$, by class"
-    )
+    title = f"$\\mathbb{{E}}[x\\,|\\,z,y]$, by {name}"
+    return _grid(np.concatenate(means), image_shape, num, name.capitalize(), title)
 
 
 def analogies(
@@ -65,7 +75,12 @@ def analogies(
         vae: see `class_grid`.
         x, labels: data `(N, features)` and their classes.
         num: how many of the data, a row each.
+
+    Raises:
+        ConfigError: a number is not positive.
+        DataError, ShapeError: `x` is empty, or has not as many labels; a label is no class.
     """
+    positive(num_classes=num_classes, num=num)
     data = as_input(vae, x)[:num]
     with looking(vae, 0):
         y = torch.as_tensor(labels)[:num].long().to(data.device)
@@ -92,10 +107,13 @@ def _grid(rows: Any, image_shape: Shape | None, columns: int, y: str, title: str
     ratio = 1.0 if image_shape is None else image_shape[-2] / image_shape[-1]
     figure = style.figure(WIDTH, 0.5 + WIDTH * ratio * lines / columns)
     axes = figure.subplots()
-    tile(axes, rows, image_shape, columns, limits=value_limits(rows))
+    limits = value_limits(rows)
+    tile(axes, rows, image_shape, columns, limits=limits)
     style.dress(axes, title, "", y)
     if y:
         axes.set_yticks(np.arange(lines) + 0.5, [str(i) for i in range(lines)])
         axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    if image_shape is not None:
+        state_limits(figure, limits)
     return figure

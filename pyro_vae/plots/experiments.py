@@ -15,7 +15,7 @@ from pyro_vae.errors import DataError, ShapeError
 from pyro_vae.imputation import Imputations
 from pyro_vae.plots import style
 from pyro_vae.plots.reading import flat
-from pyro_vae.plots.tiles import Shape, tile, value_limits
+from pyro_vae.plots.tiles import Shape, state_limits, tile, value_limits
 
 WIDTH = 6.5  # inches, the text width of a page
 GRID = 120  # cells along each side of a density
@@ -45,14 +45,37 @@ def imputations(
             raise ShapeError(
                 f"the truth has shape {lines['truth'].shape}, the data {lines['mean'].shape}"
             )
-    count = len(seen)
-    height = WIDTH / (count + 1) * image_shape[-2] / image_shape[-1]
-    figure = style.figure(WIDTH, 0.4 + len(lines) * height)
+    return image_rows(lines, image_shape)
+
+
+def image_rows(lines: Mapping[str, ArrayLike | Tensor], image_shape: Shape) -> Figure:
+    """Images side by side, a line of them under a name each; NaN, what is not known, stays white.
+
+    Args:
+        lines: by name, `(N, features)`, as many of each.
+        image_shape: of a datum.
+
+    Raises:
+        DataError: there is no line, or no image in it.
+        ShapeError: the lines are of different shapes, or no images of this one.
+    """
+    arrays = {
+        name: (rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows))
+        for name, rows in lines.items()
+    }
+    if not arrays:
+        raise DataError("there is no line to draw")
+    shape, *others = {array.shape for array in arrays.values()}
+    if others:
+        raise ShapeError(f"lines of images are of one shape, got {sorted([shape, *others])}")
+    height = WIDTH / (shape[0] + 1) * image_shape[-2] / image_shape[-1]
+    figure = style.figure(WIDTH, 0.4 + len(arrays) * height)
     axes = figure.subplots()
-    limits = value_limits(*[rows for name, rows in lines.items() if name != "observed"])
-    tile(axes, np.concatenate(list(lines.values())), image_shape, count, limits=limits)
-    axes.set_yticks(np.arange(len(lines)) + 0.5, list(lines))
+    limits = value_limits(*[array[~np.isnan(array)] for array in arrays.values()])
+    tile(axes, np.concatenate(list(arrays.values())), image_shape, shape[0], limits=limits)
+    axes.set_yticks(np.arange(len(arrays)) + 0.5, list(arrays))
     axes.tick_params(length=0, labelsize=style.LABEL)
+    state_limits(figure, limits)
     return figure
 
 

@@ -22,7 +22,7 @@ from pyro_vae.plots.reading import (
     looking,
     posterior_means,
 )
-from pyro_vae.plots.tiles import Limits, Shape, tile, value_limits
+from pyro_vae.plots.tiles import Limits, Shape, positive, state_limits, tile, value_limits
 from pyro_vae.typing import Distribution
 from pyro_vae.vae import Generative
 
@@ -55,7 +55,7 @@ def reconstructions(
         DataError, ShapeError: `x` is empty or not of this shape.
         ConfigError: `num` is not positive.
     """
-    _positive(num=num)
+    positive(num=num)
     data = as_input(vae, x)[:num]
     with looking(vae, seed):
         given = as_context(vae, data, None if context is None else context[:num])  # type: ignore[index]
@@ -71,7 +71,7 @@ def reconstructions(
         tile(axes, np.concatenate([rows, mean]), image_shape, count, limits=limits)
         axes.set_yticks([0.5, 1.5], ["$x$", MEAN])
         axes.tick_params(length=0, labelsize=style.LABEL)
-        _state_limits(figure, limits)
+        state_limits(figure, limits)
     figure.suptitle(
         r"Data, and their reconstructions at $z = \mathbb{E}_{q(z|x)}[z]$", fontsize=style.TITLE
     )
@@ -100,7 +100,7 @@ def samples(
         ShapeError: the likelihood is over data of another shape.
         ConfigError: `num` is not positive.
     """
-    _positive(num=num)
+    positive(num=num)
     with looking(vae, seed):
         p = vae.generate(num, context)
         drawn, mean = flat(p.sample()), flat(p.mean)
@@ -117,7 +117,7 @@ def samples(
         ):
             tile(axes, rows, image_shape, columns, limits=limits)
             axes.set_title(title, fontsize=style.TITLE)
-        _state_limits(figure, limits)
+        state_limits(figure, limits)
     figure.suptitle(r"Samples of the model, $z \sim p(z)$", fontsize=style.TITLE)
     return figure
 
@@ -139,7 +139,7 @@ def manifold(vae: Any, image_shape: Shape | None, num: int = 20, seed: int = 0) 
             is not positive.
         ShapeError: the likelihood is over data of another shape.
     """
-    _positive(num=num)
+    positive(num=num)
     with looking(vae, seed):
         prior = vae.prior()
         if tuple(prior.event_shape) != (2,) or prior.batch_shape:
@@ -162,7 +162,7 @@ def manifold(vae: Any, image_shape: Shape | None, num: int = 20, seed: int = 0) 
     axes.set_xticks(places, [f"${value:.2f}$" for value in ticks[:, 0].tolist()])
     axes.set_yticks(num - places, [f"${value:.2f}$" for value in ticks[:, 1].tolist()])
     style.dress(axes, f"{MEAN} over the prior's quantiles", "$z_1$", "$z_2$")
-    _state_limits(figure, value_limits(mean))
+    state_limits(figure, value_limits(mean))
     return figure
 
 
@@ -202,17 +202,3 @@ def _overlaid(under: NDArray[Any], over: NDArray[Any], limits: Limits,
         fontsize=style.LABEL,
     )
     return figure
-
-
-def _state_limits(figure: Figure, limits: Limits) -> None:
-    if limits != (0.0, 1.0):
-        figure.supxlabel(
-            f"black {limits[0]:.3g}, white {limits[1]:.3g}",
-            fontsize=style.TICK, color=style.GREY,
-        )  # fmt: skip
-
-
-def _positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be positive, got {value}")

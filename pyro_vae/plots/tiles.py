@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_vae.errors import ConfigError, DataError, ShapeError
-from pyro_vae.plots.style import BLUE, PALE
+from pyro_vae.plots.style import BLUE, GREY, PALE, TICK
 
 Shape = tuple[int, ...]
 Limits = tuple[float, float]
@@ -72,6 +73,19 @@ def value_limits(*arrays: ArrayLike) -> Limits:
     if low >= 0 and high <= 1:
         return 0.0, 1.0
     return (low, high) if low < high else (low - 0.5, low + 0.5)
+
+
+def state_limits(figure: Figure, limits: Limits) -> None:
+    """Say below the images which values are black and white, unless they are 0 and 1."""
+    if limits != (0.0, 1.0):
+        figure.supxlabel(f"black {limits[0]:.3g}, white {limits[1]:.3g}", fontsize=TICK, color=GREY)
+
+
+def positive(**numbers: int) -> None:
+    """Raise `ConfigError` unless how many are to be drawn are some."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be positive, got {value}")
 
 
 def _as_images(rows: NDArray[Any], image_shape: Shape) -> NDArray[Any]:

@@ -124,6 +124,7 @@ class Streamed:
         loader: of known length.
         device, dtype: of the batches; integers in further parts stay integers.
         check: raises on a first tensor that the likelihood does not take.
+        check_context: raises on a further one that model and guide do not take.
 
     Raises:
         ConfigError: the loader does not know its length.
@@ -131,7 +132,12 @@ class Streamed:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], device: torch.device, dtype: torch.dtype, check: Check
+        self,
+        loader: DataLoader[Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        check: Check,
+        check_context: Check = check_finite,
     ) -> None:
         try:
             length = len(loader)
@@ -139,7 +145,8 @@ class Streamed:
             raise ConfigError(f"the DataLoader needs a length, for its epochs: {error}") from error
         if length == 0:
             raise DataError("the DataLoader is empty")
-        self.loader, self.device, self.dtype, self.check = loader, device, dtype, check
+        self.loader, self.device, self.dtype = loader, device, dtype
+        self.check, self.check_context = check, check_context
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -178,7 +185,7 @@ class Streamed:
             self.check(parts[0])
             for part in parts[1:]:
                 if isinstance(part, Tensor):
-                    check_finite(part)
+                    self.check_context(part)
             parts = _real(parts[0], self.dtype), *parts[1:]
             return tuple(
                 _move(part, self.device, self.dtype) if isinstance(part, Tensor) else part
@@ -198,34 +205,47 @@ def sources(
     Raises:
         ConfigError, DataError, SupportError: the data are not fit for this `vae`.
     """
-    check = getattr(vae, "check", check_finite)
+    checks = getattr(vae, "check", check_finite), getattr(vae, "check_context", check_finite)
     train, valid = getattr(data, "train", data), getattr(data, "valid", None)
-    for context in (getattr(split, "context", None) for split in (train, valid)):
-        if hasattr(vae, "check_context") and context is not None:
-            vae.check_context(context)
     return (
-        _source(train, batch_size, fabric, dtype, check),
-        None if valid is None else _fixed_source(valid, batch_size, fabric, dtype, check),
+        _source(train, batch_size, fabric, dtype, *checks),
+        None if valid is None else _fixed_source(valid, batch_size, fabric, dtype, *checks),
     )
 
 
-def _source(data: Any, batch_size: int, fabric: Fabric, dtype: torch.dtype, check: Check) -> Any:
+def _source(
+    data: Any,
+    batch_size: int,
+    fabric: Fabric,
+    dtype: torch.dtype,
+    check: Check,
+    check_context: Check,
+) -> Any:
     if isinstance(data, DataLoader):
-        return Streamed(data, fabric.device, dtype, check)
+        return Streamed(data, fabric.device, dtype, check, check_context)
     split = as_split(data)
     if split.draw is not None:
         check_finite(split.x)  # a draw may make numbers of NaN
     check(split.fixed().x)
+    if split.context is not None:
+        check_context(split.context)
     return Resident(split, batch_size, fabric.device, dtype, fabric.global_rank, fabric.world_size)
 
 
 def _fixed_source(
-    data: Any, batch_size: int, fabric: Fabric, dtype: torch.dtype, check: Check
+    data: Any,
+    batch_size: int,
+    fabric: Fabric,
+    dtype: torch.dtype,
+    check: Check,
+    check_context: Check,
 ) -> Any:
     if isinstance(data, DataLoader):
-        return Streamed(data, fabric.device, dtype, check)
+        return Streamed(data, fabric.device, dtype, check, check_context)
     split = as_split(data).fixed()
     check(split.x)
+    if split.context is not None:
+        check_context(split.context)
     return Resident(split, min(batch_size, len(split)), fabric.device, dtype)
 
 

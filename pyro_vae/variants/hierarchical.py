@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.errors import ConfigError
 from pyro_vae.typing import Conditional, Distribution
 from pyro_vae.vae import Generative, ProgramModule
+from pyro_vae.variants.parts import modules
 
 
 class HierarchicalVAE(Generative):
@@ -32,9 +33,9 @@ class HierarchicalVAE(Generative):
     def __init__(
         self,
         prior: Conditional,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Conditional],
         likelihood: Conditional,
-        posteriors: Sequence[nn.Module],
+        posteriors: Sequence[Conditional],
         name: str | None = None,
     ) -> None:
         super().__init__()
@@ -61,13 +62,13 @@ class HierarchicalModel(ProgramModule):
     def __init__(
         self,
         prior: Conditional,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Conditional],
         likelihood: Conditional,
         name: str | None,
     ) -> None:
         super().__init__(name)
         self.prior, self.likelihood = prior, likelihood
-        self.layers = nn.ModuleList(layers)
+        self.layers = modules(layers)
 
     def forward(self, x: Tensor) -> None:
         """Run the model with data `x`, `(N, features)`, observed."""
@@ -82,9 +83,9 @@ class HierarchicalModel(ProgramModule):
 class HierarchicalGuide(ProgramModule):
     """z_1 ~ q(z_1|x), z_{l+1} ~ q(z_{l+1}|z_l)."""
 
-    def __init__(self, posteriors: Sequence[nn.Module], name: str | None) -> None:
+    def __init__(self, posteriors: Sequence[Conditional], name: str | None) -> None:
         super().__init__(name)
-        self.posteriors = nn.ModuleList(posteriors)
+        self.posteriors = modules(posteriors)
 
     def forward(self, x: Tensor) -> None:
         """Run the guide on data `x`, `(N, features)`."""

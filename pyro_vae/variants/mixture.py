@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import AnalyticKLError
+from pyro_vae.errors import ConfigError, DataError
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
+from pyro_vae.programs import evaluating
 from pyro_vae.typing import Conditional, Distribution
 from pyro_vae.vae import VAE
 from pyro_vae.variants.parts import Responsibilities, Unconditional
@@ -73,11 +74,11 @@ class GaussianMixtureVAE(SemiSupervisedVAE):
         """The same likelihood and posterior under N(0, I), to be trained first.
 
         Raises:
-            AnalyticKLError: there is a classifier, whose posterior asks for a cluster.
+            ConfigError: there is a classifier, whose posterior asks for a cluster.
         """
         posterior = self.guide.posterior
         if not isinstance(posterior, Unconditional):
-            raise AnalyticKLError("a posterior that is given the cluster makes no plain VAE")
+            raise ConfigError("a posterior that is given the cluster makes no plain VAE")
         like = self.model.one_hot
         prior = StandardNormal(self.latent).to(like.device, like.dtype)
         return VAE(prior, self.model.likelihood.part, posterior.part)
@@ -94,17 +95,28 @@ class GaussianMixtureVAE(SemiSupervisedVAE):
         Args:
             x: data `(N, features)`, as the model sees them; a few thousand do.
             seed: of the starts.
+
+        Raises:
+            DataError, SupportError: the likelihood does not take these data, or there are fewer
+                than clusters.
+            ConfigError: see `plain`.
         """
         from sklearn.mixture import GaussianMixture
 
-        q = self.plain().encode(x)
+        clusters, like = len(self.model.one_hot), self.model.one_hot
+        self.check(x)
+        if len(x) < clusters:
+            raise DataError(f"{clusters} components cannot be placed by {len(x)} data")
+        plain = self.plain()
+        with evaluating(plain):
+            q = plain.encode(x.to(like))
         unit = q.variance.mean(0).sqrt()  # q's variance is 1 in this unit: what reg_covar adds
         fitted = GaussianMixture(
-            len(self.model.one_hot), covariance_type="diag", n_init=10, reg_covar=1.0,
-            random_state=seed,
-        )  # fmt: skip
+            clusters, covariance_type="diag", n_init=10, reg_covar=1.0, random_state=seed
+        )
         fitted.fit((q.mean / unit).double().cpu().numpy())
-        means, variances = (torch.as_tensor(a).to(x) for a in (fitted.means_, fitted.covariances_))
+        means, variances = (torch.as_tensor(a).to(like)
+                            for a in (fitted.means_, fitted.covariances_))  # fmt: skip
         log_variances = (variances * unit**2).log()
         layer = self.model.prior.network.layers[-1]
         layer.weight.copy_(torch.cat([means * unit, log_variances], 1).T)

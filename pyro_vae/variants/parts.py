@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pyro.distributions as dist
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vae.data import UNKNOWN
-from pyro_vae.errors import AnalyticKLError
+from pyro_vae.data import UNKNOWN, check_classes
+from pyro_vae.errors import AnalyticKLError, DataError, ShapeError
 from pyro_vae.likelihoods import check_finite
 from pyro_vae.typing import Conditional, Distribution
 
 
-def known_or(q: Distribution, labels: Tensor | None) -> Distribution:
-    """A Categorical that gives a known label all the probability, and is `q` elsewhere."""
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise unless these are labels, known or not.
+
+    Raises:
+        DataError: they are not `(N,)` whole numbers below `num_classes`, or -1 for unknown.
+    """
+    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype is torch.bool:
+        raise DataError(
+            "labels are (N,) whole numbers, -1 where the class is not known; got shape "
+            f"{tuple(labels.shape)} of {labels.dtype}"
+        )
+    check_classes(labels.where(labels != UNKNOWN, 0), num_classes)
+
+
+def known_or(q: Distribution, labels: Tensor | None, num_classes: int) -> Distribution:
+    """A Categorical that gives a known label all the probability, and is `q` elsewhere.
+
+    Raises:
+        ShapeError: `q` is not over `num_classes` classes.
+        DataError: where Pyro's validation is on, these are no labels.
+    """
+    if q.logits.shape[-1] != num_classes:
+        raise ShapeError(
+            f"the classifier is over {q.logits.shape[-1]} classes, the model has {num_classes}"
+        )
     if labels is None:
         return q
-    classes = torch.arange(q.logits.shape[-1], device=labels.device)
+    if is_validation_enabled():  # a look at values, which waits for a GPU: `fit` has had one
+        check_labels(labels, num_classes)
+    classes = torch.arange(num_classes, device=labels.device)
     excluded = (labels != UNKNOWN).unsqueeze(-1) & (classes != labels.unsqueeze(-1))
     return dist.Categorical(logits=q.logits.masked_fill(excluded, float("-inf")))
 
@@ -72,3 +100,8 @@ class Unconditional(nn.Module):
     def initialize(self, train_mean: Tensor) -> None:
         """See `Likelihood.initialize`."""
         getattr(self.part, "initialize", lambda _: None)(train_mean)
+
+
+def modules(parts: Iterable[Conditional]) -> nn.ModuleList:
+    """Parts in a list that PyTorch knows, any callable among them."""
+    return nn.ModuleList(p if isinstance(p, nn.Module) else Unconditional(p) for p in parts)

@@ -9,11 +9,11 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.data import UNKNOWN, one_hot
-from pyro_vae.errors import ConfigError, DataError
+from pyro_vae.errors import ConfigError
 from pyro_vae.networks import check_sizes
 from pyro_vae.typing import Conditional, Distribution
 from pyro_vae.vae import Generative, ProgramModule
-from pyro_vae.variants.parts import known_or
+from pyro_vae.variants.parts import check_labels, known_or
 
 
 class SemiSupervisedVAE(Generative):
@@ -67,7 +67,7 @@ class SemiSupervisedVAE(Generative):
 
     def classify(self, x: Tensor, labels: Tensor | None = None) -> Distribution:
         """q(y|x), batch shape `(N,)`; a known label has all the probability."""
-        return known_or(self.classifier(x), labels)
+        return self.guide.classify(x, labels)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Distribution:
         """q(z|x, y) at the labels, or at the most probable class where there is none."""
@@ -75,13 +75,13 @@ class SemiSupervisedVAE(Generative):
         return self.guide.posterior(x, self.guide.one_hot[y])
 
     def decode(self, z: Tensor, context: Tensor) -> Distribution:
-        """p(x|z, y) at the labels, `(N,)`."""
-        return self.model.likelihood(z, self.model.one_hot[context])
+        """p(x|z, y) at the labels, `(N,)`, none unknown."""
+        return self.model.likelihood(z, self._known(context))
 
     def prior(self, context: Tensor | None = None) -> Distribution:
         """p(z|y) at the labels, or without them p(z) = sum_y p(y) p(z|y)."""
         if context is not None:
-            return self.model.prior(self.model.one_hot[context])
+            return self.model.prior(self._known(context))
         components = self.model.prior(self.model.one_hot)
         if not components.batch_shape:
             return components  # the same for every class
@@ -93,15 +93,19 @@ class SemiSupervisedVAE(Generative):
         Raises:
             DataError: they are not `(N,)` whole numbers below `num_classes`, or -1 for unknown.
         """
-        if context.dim() != 1 or context.is_floating_point():
-            raise DataError(
-                "labels are (N,) whole numbers, -1 where the class is not known; got shape "
-                f"{tuple(context.shape)} of {context.dtype}"
-            )
-        one_hot(context[context != UNKNOWN], len(self.model.one_hot))
+        self.guide.check_context(context)
+
+    def _known(self, labels: Tensor) -> Tensor:
+        """The classes of labels, one-hot; an unknown one, -1, would index the last class."""
+        return one_hot(labels, len(self.model.one_hot)).to(self.model.one_hot)
+
+    def told(self, labels: Tensor | None) -> poutine.condition_messenger.ConditionMessenger:
+        """A handler under which the model has these classes, where they are given."""
+        given = {} if labels is None else {"y": self._known(labels).argmax(-1)}
+        return poutine.condition(data=given)
 
     def _run_model(self, x: Tensor, context: Tensor | None) -> None:
-        with poutine.condition(data={} if context is None else {"y": context}):
+        with self.told(context):
             self.model(x)
 
 
@@ -168,8 +172,15 @@ class ClassGuide(ProgramModule):
         with pyro.plate("data", len(x), dim=-1):
             self.draw(x, labels)
 
+    def check_context(self, context: Tensor) -> None:
+        """See `SemiSupervisedVAE.check_context`."""
+        check_labels(context, len(self.one_hot))
+
+    def classify(self, x: Tensor, labels: Tensor | None) -> Distribution:
+        """q(y|x), or the label where it is known."""
+        return known_or(self.classifier(x), labels, len(self.one_hot))
+
     def draw(self, x: Tensor, labels: Tensor | None) -> None:
         """Sample y and z."""
-        q = known_or(self.classifier(x), labels)
-        y = pyro.sample("y", q, infer={"enumerate": "parallel"})
+        y = pyro.sample("y", self.classify(x, labels), infer={"enumerate": "parallel"})
         pyro.sample("z", self.posterior(x, self.one_hot[y]))

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import programs
@@ -52,10 +51,10 @@ class StackedVAE(Generative):
 
     def check_context(self, context: Tensor) -> None:
         """See `SemiSupervisedVAE.check_context`."""
-        self.m2.check_context(context)
+        self.guide.check_context(context)
 
     def _run_model(self, x: Tensor, context: Tensor | None) -> None:
-        with poutine.condition(data={} if context is None else {"y": context}):
+        with self.m2.told(context):
             self.model(x)
 
 
@@ -81,6 +80,10 @@ class StackedGuide(ProgramModule):
     def __init__(self, features: Conditional, top: ClassGuide, name: str | None) -> None:
         super().__init__(name)
         self.features, self.top = features, top
+
+    def check_context(self, context: Tensor) -> None:
+        """See `SemiSupervisedVAE.check_context`."""
+        self.top.check_context(context)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> None:
         """Run the guide on data `x`, `(N, features)`."""
