@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.data import Data, Split
-from pyro_vae.errors import ConfigError, DataError
+from pyro_vae.errors import ConfigError, DataError, NonFiniteError
 from pyro_vae.typing import Program
 
 CHUNK_BYTES = 64 * 2**20
@@ -33,7 +34,7 @@ def prepare(
 
     Raises:
         DataError: `x` is no array of numbers, or holds no datum.
-        ConfigError: model or guide cannot be called.
+        ConfigError: model or guide cannot be called, or the guide was never run.
     """
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
@@ -44,7 +45,13 @@ def prepare(
     x = _as_tensor(x)
     if x.dim() == 0 or len(x) == 0:
         raise DataError(f"x holds no datum to evaluate: its shape is {tuple(x.shape)}")
-    parameters = [p for m in programs.modules_of(model, guide) for p in m.parameters()]
+    modules = programs.modules_of(model, guide)
+    for module in modules:
+        if isinstance(module, AutoGuide) and module.prototype_trace is None:
+            raise ConfigError(
+                f"the {type(module).__name__} has no parameters yet: train it, or call it on data"
+            )
+    parameters = [p for module in modules for p in module.parameters()]
     like = next((p for p in parameters if p.is_floating_point()), None)
 
     def fit(value: Any) -> Any:
@@ -67,6 +74,21 @@ def _as_tensor(x: Any) -> Tensor:
             f"x must be an array of numbers, a datum a row, or a Split; got {type(x).__name__}: "
             f"{error}"
         ) from error
+
+
+def refuse_nan(values: Tensor, rows: range) -> Tensor:
+    """The values `(rows, ...)`, unless one is NaN.
+
+    Raises:
+        NonFiniteError: which row's.
+    """
+    if values.isnan().any():
+        row = rows.start + int(values.isnan().flatten(1).any(1).nonzero()[0])
+        raise NonFiniteError(
+            f"the log weights of row {row} are NaN: check that the datum is finite and that "
+            "the parameters of model and guide are"
+        )
+    return values
 
 
 @contextmanager
