@@ -60,11 +60,16 @@ def quadrature(
         first: points a side to begin with.
 
     Raises:
-        ConfigError: the box has another number of dimensions.
+        ConfigError: the box has another number of dimensions, or no volume.
     """
     d = len(low)
     if d not in LARGEST:
         raise ConfigError(f"a grid takes 1 or 2 latent dimensions, got {d}")
+    if not (low < high).all() or first < 2:
+        raise ConfigError(
+            f"a grid takes ends low < high and at least 2 points a side, got {low.tolist()}, "
+            f"{high.tolist()} and {first}"
+        )
     side, before, change = first, None, None
     while True:
         log_px = _trapezoid(log_joint, low, high, side)
@@ -135,7 +140,7 @@ class LatentBox:
                 self.like = pair.sites_at(target.guide, {})
                 self._check_real()
                 for sites in (self.like, pair.sites_at(free, {})):
-                    draws = self._flat(sites)
+                    draws = refuse_nan(self._flat(sites), rows).flatten(0, 1)
                     ends.append(torch.stack([draws.min(0).values, draws.max(0).values]))
         low, high = torch.stack(ends)[:, 0].min(0).values, torch.stack(ends)[:, 1].max(0).values
         # 50,000 normal draws reach about 4.3 sd; a quarter more at each end, 6.4
@@ -169,13 +174,13 @@ class LatentBox:
                 )
 
     def _flat(self, sites: Mapping[str, Site]) -> Tensor:
-        """The draws of all rows, `(draws * rows, d)`."""
+        """The draws of all rows, `(rows, draws, d)`."""
         parts = []
         for name in self.names:
             value = sites[name]["value"]
             axis = self.target.axis(name) + value.dim()
-            parts.append(value.movedim(axis, 1).flatten(0, 1).unsqueeze(-1).flatten(1))
-        return torch.cat(parts, 1).double().cpu()
+            parts.append(value.movedim(axis, 0).unsqueeze(-1).flatten(2))
+        return torch.cat(parts, 2).double().cpu()
 
 
 def real_sites(target: Target) -> bool:
@@ -216,14 +221,14 @@ class GridIntegrator:
         def log_joint(z: Tensor) -> Tensor:
             return self.target.log_joint(rows, box.values(z, copies)).cpu()
 
-        for turn in range(WIDENINGS + 1):
-            if turn:
-                box.widen()
-            grid = quadrature(log_joint, box.low, box.high)
-            refuse_nan(grid.log_px[:, None], rows)
-            beyond = share_beyond(log_joint, box.low, box.high, grid.log_px)
-            if not (beyond > TOLERANCE).any():
+        for _ in range(WIDENINGS):
+            about = _trapezoid(log_joint, box.low, box.high, FIRST)
+            if not (share_beyond(log_joint, box.low, box.high, about) > TOLERANCE).any():
                 break
+            box.widen()
+        grid = quadrature(log_joint, box.low, box.high)
+        refuse_nan(grid.log_px[:, None], rows)
+        beyond = share_beyond(log_joint, box.low, box.high, grid.log_px)
         return replace(grid, change=torch.maximum(grid.change, beyond))
 
     def _shares(self) -> bool:
