@@ -55,11 +55,14 @@ def prepare(
     like = next((p for p in parameters if p.is_floating_point()), None)
 
     def fit(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_inference():
+            value = value.clone()  # annealing takes gradients
         if like is None or not isinstance(value, Tensor):
             return value
         return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
-    return fit(x), tuple(map(fit, args))
+    with torch.inference_mode(False):
+        return fit(x), tuple(map(fit, args))
 
 
 def _as_tensor(x: Any) -> Tensor:
@@ -102,6 +105,7 @@ def undisturbed(*programs_: Program, tf32: bool = False) -> Iterator[None]:
     store = pyro.get_param_store()
     with (
         _precision(tf32),
+        torch.inference_mode(False),  # annealing takes gradients
         torch.no_grad(),
         torch.random.fork_rng(),
         programs.evaluating(*programs_),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import ConfigError
 from pyro_vae.evidence.diagnostics import Summary, summarize
 from pyro_vae.evidence.draws import Draws, Guide
 from pyro_vae.evidence.ground import refuse_nan
@@ -32,6 +34,10 @@ class Proposal:
 
     share: float = 0.1
     inflation: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, Real) or not 0 <= self.share < 1:
+            raise ConfigError(f"defensive is a share in [0, 1), got {self.share!r}")
 
     def wide(self, num_samples: int) -> Tensor:
         """Which of the draws are inflated, spread evenly: `(num_samples,)`."""

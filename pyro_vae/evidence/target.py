@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae import programs
@@ -230,9 +230,11 @@ class Target:
             pair = self.pair(part, 1)
             with explained("model", pair.args, 1):
                 sites = pair.sites_at(self.model, {n: v.squeeze(0) for n, v in chosen.items()})
-            check_same_sites(sites, self.model_sites, "model", part)
-            densities = {name: self.within(kernels.log_prob(site)) for name, site in sites.items()}
-            return {name: value.expand(1, len(part)) for name, value in densities.items()}
+                check_same_sites(sites, self.model_sites, "model", part)
+                return {
+                    name: self.within(kernels.log_prob(site)).expand(1, len(part))
+                    for name, site in sites.items()
+                }
 
         with torch.random.fork_rng(), torch.no_grad():
             once, again = terms(rows), terms(rows)
@@ -250,22 +252,24 @@ class Target:
         return max(1, sum(sorted(grown)[-4:]))
 
     def _sizes(self, num: int) -> list[int]:
-        """Sizes of the intermediate results of the model for `num` more pairs than one."""
+        """Sizes of the intermediate results of the densities of `num` more pairs than one."""
         draws = 1 if self.enumerate_all else 1 + num
         pair = self.pair(range(min(1 + num, self.size) if self.enumerate_all else 1), draws)
         with torch.random.fork_rng(), torch.no_grad(), _Sizes() as sizes:
-            pair.sites_at(self.model, {})
+            for site in pair.sites_at(self.model, {}).values():
+                kernels.log_prob(site)
         return sizes.bytes
 
 
-class _Sizes(TorchDispatchMode):
-    """Notes the size of every new tensor."""
+class _Sizes(TorchFunctionMode):
+    """Notes the size of every new tensor. (A dispatch mode would see those within functions too,
+    and take seconds to import torch's compiler.)"""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: list[int] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         old = {_storage(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
         for tensor in tree_leaves(out):
