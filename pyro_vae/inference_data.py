@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_vae.evidence import kernels
 from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
-from pyro_vae.evidence.posterior import posterior_draws
+from pyro_vae.evidence.importance import Proposal, Sampler
+from pyro_vae.evidence.posterior import resample
 from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
 from pyro_vae.provenance import versions
@@ -44,25 +45,30 @@ def to_arviz(
     Returns:
         `arviz.InferenceData` (0.23) or `xarray.DataTree` (1.x).
     """
-    values = posterior_draws(
-        model, guide, x, *args, num_draws=num_draws, num_samples=num_samples, seed=seed,
-        chunk_bytes=chunk_bytes,
-    )  # fmt: skip
     x, args = prepare(model, guide, x, args)
-    with undisturbed(model, guide), seeded(derive(seed, num_draws)):
+    with undisturbed(model, guide):
         target = Target(model, guide, x, args)
-        rows, step = range(target.size), max(1, chunk_bytes // target.bytes_per_pair // len(x))
-        posterior, prior = [], []
-        for start in range(0, num_draws, step):
-            part = {name: value[start : start + step] for name, value in values.items()}
-            num = len(next(iter(part.values())))
-            posterior.append(_at(target, rows, part, num))
-            prior.append(_prior(target, rows, num))
+        values = resample(Sampler(target, num_samples, seed, chunk_bytes, Proposal()), num_draws)
+        with seeded(derive(seed, num_draws)):
+            return from_groups(_groups(target, values, num_draws, chunk_bytes))
+
+
+def _groups(
+    target: Target, values: Mapping[str, Tensor], num_draws: int, chunk_bytes: int
+) -> Groups:
+    """All groups, from draws of the latent sites."""
+    rows = range(target.size)
+    step, posterior, prior = max(1, chunk_bytes // target.bytes_per_pair // target.size), [], []
+    for start in range(0, num_draws, step):
+        part = {name: value[start : start + step] for name, value in values.items()}
+        num = len(next(iter(part.values())))
+        posterior.append(_at(target, rows, part, num))
+        prior.append(_prior(target, rows, num))
     groups = {name: _stack([p[name] for p in posterior]) for name in posterior[0]}
     groups |= {name: _stack([p[name] for p in prior]) for name in prior[0]}
     groups["posterior"] = {name: _array(v, target.axis(name)) for name, v in values.items()}
     groups["observed_data"] = _observed(target, rows)
-    return from_groups(groups)
+    return groups
 
 
 def from_groups(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Any:

@@ -1,8 +1,11 @@
 """log_marginal against closed forms, enumeration and its own invariances."""
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -221,8 +224,10 @@ def test_exactly_k_draws_a_datum(pair: Linear) -> None:
 
     x = pair.draw(7)
     evidence = pv.log_marginal(model, pair.guide, x, num_samples=123, chunk_bytes=9999)
-    probe = 2 * 3  # two draws for three rows, to see that the programs take several at once
-    assert seen - probe == 7 * 123 == evidence.provenance["model_evaluations"]
+    # two draws for three rows, to see that the programs take several at once, and two and three
+    # for one, to see how memory grows
+    probes = 2 * 3 + 2 + 3
+    assert seen - probes == 7 * 123 == evidence.provenance["model_evaluations"]
     assert (evidence.num_samples == 123).all()
 
 
@@ -508,6 +513,71 @@ def test_saves_and_loads_without_pickle(pair: Linear, tmp_path: object) -> None:
         pv.Evidence.load(tmp_path / "broken.npz")
     with pytest.raises(FileNotFoundError):
         pv.Evidence.load(tmp_path / "absent.npz")
+
+
+@pytest.fixture
+def small(pair: Linear) -> pv.Evidence:
+    return pv.log_marginal(pair.model, pair.guide, pair.draw(5), num_samples=20)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "short column", "no header", "a list"])
+def test_a_damaged_npz_is_said_to_be_one(small: pv.Evidence, tmp_path: Path, damage: str) -> None:
+    path = small.save(tmp_path / "evidence.npz")
+    whole = bytearray(path.read_bytes())
+    columns = dict(np.load(path))
+    if damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "flipped":
+        whole[len(whole) // 3] ^= 255
+        path.write_bytes(whole)
+    elif damage == "short column":
+        np.savez(path, **{**columns, "se": columns["se"][:3]})
+    elif damage == "no header":
+        np.savez(path, **{n: c for n, c in columns.items() if n != "header"})
+    else:
+        np.savez(path, **{**columns, "header": np.array("[1, 2]")})
+    with pytest.raises(CorruptFileError, match="holds no evidence"):
+        pv.Evidence.load(path)
+
+
+DAMAGED = [
+    {"log_px": [1.0]}, {"log_px": 3.0}, {"log_px": [[0.0] * 5]}, {"flagged": ["yes"] * 5},
+    {"method": [1, 2, 3, 4, 5]}, {"num_samples": [1.5] * 5}, {"convergence": [1, 2]},
+    {"convergence": {"a": 1.0}}, {"provenance": 3}, {"data_size": 0}, {"data_size": "a"},
+    {"more": 1}, {"se": ["hello"] * 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", DAMAGED, ids=str)
+def test_json_that_is_no_evaluation_is_said_to_be_none(
+    small: pv.Evidence, tmp_path: Path, entry: dict[str, object]
+) -> None:
+    path = small.save(tmp_path / "evidence.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    with pytest.raises(CorruptFileError, match="holds no evidence"):
+        pv.Evidence.load(path)
+    for nothing in ("", "null", '"a"', "[]", "{}"):
+        path.write_text(nothing)
+        with pytest.raises(CorruptFileError, match="holds no evidence"):
+            pv.Evidence.load(path)
+
+
+def test_json_has_no_words_of_python(small: pv.Evidence, tmp_path: Path) -> None:
+    """Infinity and NaN are no JSON; they come back all the same."""
+    odd = replace(
+        small, convergence={1: -math.inf, 20: math.nan}, log_px=np.full(5, -math.inf),
+        provenance={"tf32_audit": {"data": 1, "largest_difference": math.inf}},
+    )  # fmt: skip
+    path = odd.save(tmp_path / "evidence.json")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    found = pv.Evidence.load(path)
+    assert (found.log_px == -math.inf).all()
+    assert found.convergence[1] == -math.inf
+    assert math.isnan(found.convergence[20])
 
 
 def test_figures_of_the_data_set(pair: Linear) -> None:

@@ -174,6 +174,19 @@ def test_annealing_reaches_where_the_guide_does_not() -> None:
     assert sampled.mean == pytest.approx(exact - math.log(2), abs=0.05)
 
 
+def test_annealing_takes_gradients_within_inference_mode() -> None:
+    """A random walk without gradients would not get from the guide to the posterior."""
+    pair = Linear.random(5, 3, shift=5.0, shrink=0.5)
+    settings = Settings(chains=4, temperatures=20, leapfrogs=3)
+    expected = pv.log_marginal(
+        pair.model, pair.guide, pair.draw(3), method="ais", annealing=settings
+    )
+    with torch.inference_mode():
+        x = pair.draw(3)
+        found = pv.log_marginal(pair.model, pair.guide, x, method="ais", annealing=settings)
+    np.testing.assert_array_equal(found.log_px, expected.log_px)
+
+
 class Mixture:
     """z from a mixture, or c then z given c; x = Wz + b + noise: p(x) is a mixture of Normals.
 
@@ -337,8 +350,12 @@ def test_what_cannot_be_annealed() -> None:
         pv.log_marginal(model, guide, torch.randn(3), method="ais")
     with pytest.raises(SiteError, match=r'"c" is in Boolean\(\), and annealing from the prior'):
         pv.log_marginal(model, guide, torch.randn(3), method="ais", start="prior")
-    with pytest.raises(ConfigError, match="at least 2 chains"):
-        Settings(chains=1)
+    for counts in ({"chains": 1}, {"chains": 2.5}, {"temperatures": "a"}, {"leapfrogs": 0}):
+        with pytest.raises(ConfigError, match="at least 2 chains"):
+            Settings(**counts)
+    for shares in ({"acceptance": 1.0}, {"acceptance": math.nan}, {"inflation": 0.0}):
+        with pytest.raises(ConfigError, match="tuned to an acceptance"):
+            Settings(**shares)
     pair = Linear.random(5, 2)
     with pytest.raises(ConfigError, match="start"):
         pv.log_marginal(pair.model, pair.guide, pair.draw(2), method="ais", start="nowhere")

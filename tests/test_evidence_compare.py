@@ -1,6 +1,7 @@
 """Comparisons, posterior draws and the bridge to ArviZ."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -12,6 +13,7 @@ from evidence_pairs import Binary, Linear, all_images
 
 import pyro_vae as pv
 from pyro_vae.errors import ConfigError, DataError
+from pyro_vae.evidence import Settings
 from pyro_vae.evidence.posterior import posterior_draws
 from pyro_vae.inference_data import to_arviz
 
@@ -51,6 +53,31 @@ def test_refuses_what_cannot_be_compared() -> None:
             pv.compare(few)
     with pytest.raises(ConfigError, match="got float"):
         one.compare(-1.5)
+
+
+def test_auto_is_compared_with_auto_whatever_it_took() -> None:
+    """What was asked for is the same; what was done about it is told."""
+    pair = Linear.random(5, 3, shift=0.2)
+    bad = Linear(pair.W, pair.b, pair.sigma, shift=6.0, shrink=0.2)
+    x, options = pair.draw(6), {"method": "auto", "annealing": Settings(4, 5, 2)}
+    good, poor = evaluate(pair, x, **options), evaluate(bad, x, **options)
+    assert set(good.method) == {"is"}
+    assert set(poor.method) == {"ais"}
+    ranked = pv.compare({"good": good, "poor": poor})
+    assert str(ranked).splitlines()[-1].endswith("good: is; poor: ais")
+    assert ranked.differences[0].se_mc == 0, "the best differs from itself by nothing"
+    assert len(str(pv.compare({"good": good, "again": good})).splitlines()) == 3
+    for other in ({"num_samples": 400}, {"annealing": Settings(4, 6, 2)}, {"method": "is"}):
+        with pytest.raises(ConfigError, match=f"have {next(iter(other))} "):
+            good.compare(evaluate(pair, x, **{**options, **other}))
+
+
+def test_grids_are_compared_whatever_their_points() -> None:
+    pair = Linear.random(5, 1)
+    x = pair.draw(5)
+    one = evaluate(pair, x, method="grid")
+    finer = replace(one, num_samples=2 * one.num_samples - 1)
+    assert one.compare(finer).mean == 0
 
 
 def test_posterior_draws_are_calibrated_where_the_guide_is_not() -> None:
@@ -129,6 +156,39 @@ def test_arviz_gets_every_group() -> None:
     pieces = to_arviz(pair.model, pair.guide, x, num_draws=30, chunk_bytes=20_000)
     np.testing.assert_array_equal(pieces["posterior"]["z"], data["posterior"]["z"])
     np.testing.assert_allclose(pieces["log_likelihood"]["x"], data["log_likelihood"]["x"])
+
+
+def test_arviz_is_given_what_the_model_says_when_it_does_not_train() -> None:
+    """Evaluation mode from the first group to the last, and no generator disturbed."""
+    layer = torch.nn.BatchNorm1d(2)
+
+    def model(x: torch.Tensor) -> None:
+        assert not layer.training
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = layer(z.reshape(-1, 2)).reshape(z.shape)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    x, buffer = torch.randn(4, 2), layer.running_mean.clone()
+    state = torch.get_rng_state()
+    to_arviz(model, guide, x, num_draws=5, num_samples=50)
+    assert (torch.get_rng_state() == state).all()
+    assert (layer.running_mean == buffer).all()
+    assert layer.training
+
+
+def test_posterior_draws_and_arviz_check_their_options() -> None:
+    pair = Linear.random(5, 2)
+    x = pair.draw(3)
+    for option in ({"num_draws": 0}, {"num_samples": 0}, {"defensive": 1.0}):
+        with pytest.raises(ConfigError, match=next(iter(option))):
+            posterior_draws(pair.model, pair.guide, x, **option)
+    with pytest.raises(ConfigError, match="num_draws"):
+        to_arviz(pair.model, pair.guide, x, num_draws=1.5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of so few draws, and of binary data

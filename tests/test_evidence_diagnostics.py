@@ -1,6 +1,7 @@
 """The figures of importance weights, against ArviZ, naive formulas and lognormal weights."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pyro.distributions as dist
@@ -128,6 +129,53 @@ def test_a_grid_of_logits_for_all_rows() -> None:
     found = kernels._bernoulli(logits.expand(30, 6, 50), x)
     naive = dist.Bernoulli(logits=logits).log_prob(x).sum(-1)
     torch.testing.assert_close(found, naive)
+
+
+def confident_bernoulli(dtype: torch.dtype) -> tuple[dist.Distribution, torch.Tensor]:
+    """Logits up to 50, half of them against the data."""
+    logits = 100 * torch.rand(20, 3, 3072) - 50
+    x = (torch.rand(3, 3072) < 0.5).to(dtype)
+    return dist.Bernoulli(logits=logits.float().to(dtype)).to_event(1), x
+
+
+def narrow_normal(dtype: torch.dtype) -> tuple[dist.Distribution, torch.Tensor]:
+    loc, x = 0.01 * torch.randn(20, 3, 3072), 0.01 * torch.randn(3, 3072)
+    scale = torch.tensor(0.01).float().to(dtype)
+    return dist.Normal(loc.float().to(dtype), scale).to_event(1), x.float().to(dtype)
+
+
+def narrow_normal_by_feature(dtype: torch.dtype) -> tuple[dist.Distribution, torch.Tensor]:
+    fn, x = narrow_normal(dtype)
+    return dist.Normal(fn.base_dist.loc, fn.base_dist.scale[0, 0].clone()).to_event(1), x
+
+
+def counts_of_images(dtype: torch.dtype) -> tuple[dist.Distribution, torch.Tensor]:
+    rate = 30 * torch.rand(20, 3, 3, 32, 32) + 1
+    x = torch.poisson(15 * torch.ones(3, 3, 32, 32))
+    return dist.Poisson(rate.float().to(dtype)).to_event(3), x.to(dtype)
+
+
+@pytest.mark.parametrize(
+    "make", [confident_bernoulli, narrow_normal, narrow_normal_by_feature, counts_of_images]
+)
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_thousands_of_nats_are_summed_to_a_thousandth(
+    make: Callable[[torch.dtype], tuple[dist.Distribution, torch.Tensor]], with_gradient: bool
+) -> None:
+    """float32 has steps of 0.004 nats at 40,000; against the same numbers in float64."""
+
+    def log_prob(dtype: torch.dtype) -> torch.Tensor:
+        torch.manual_seed(1)
+        fn, x = make(dtype)
+        base = fn.base_dist
+        parameter = next(base.__dict__[n] for n in ("logits", "loc", "rate") if n in base.__dict__)
+        parameter.requires_grad_(with_gradient)
+        site = {"fn": fn, "value": x, "mask": None, "args": (), "kwargs": {}}
+        return kernels.log_prob(site).detach()
+
+    expected = log_prob(torch.float64)
+    assert expected.abs().mean() > 5000
+    torch.testing.assert_close(log_prob(torch.float32).double(), expected, rtol=0, atol=1e-3)
 
 
 def test_thresholds_and_checkpoints() -> None:

@@ -123,6 +123,59 @@ def test_enumeration_is_the_sum() -> None:
     assert "enumerate" in str(found)
 
 
+@pytest.mark.parametrize("method", ["grid", "auto"])
+def test_a_grid_reaches_data_that_prior_and_guide_know_nothing_of(method: str) -> None:
+    """x = 20 puts the posterior at z = 10: what a box around the prior holds of it is no p(x)."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def prior(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0 * x, 1.0).to_event(1))
+
+    x = torch.tensor([[5.0, 4.0], [20.0, -18.0], [1.0, 60.0]])
+    found = pv.log_marginal(model, prior, x, method=method, num_samples=300)
+    np.testing.assert_allclose(
+        found.log_px, scipy.stats.norm(0, math.sqrt(2)).logpdf(x.numpy()).sum(1), atol=1e-3
+    )
+    assert found.num_flagged == 0
+    assert set(found.method) == {"grid"}
+    one = pv.log_marginal(model, prior, x[:1], method="grid", chunk_bytes=1)
+    np.testing.assert_allclose(one.log_px, found.log_px[:1], atol=1e-3)
+
+
+def test_a_grid_that_no_widening_makes_large_enough_is_flagged() -> None:
+    """Without data the posterior is the prior, whose tails hold a thousandth at any distance."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.StudentT(0.2, 0.0, 1.0))
+            with pyro.poutine.mask(mask=False):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def narrow(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0 * x, 1.0))
+
+    found = pv.log_marginal(model, narrow, torch.zeros(2), method="grid")
+    assert found.flagged.all()
+    assert (found.se > 1e-3).all()
+
+
+def test_what_the_closed_forms_refuse() -> None:
+    x, W, b = torch.zeros(3, 4), torch.ones(4, 2), torch.zeros(4)
+    for scale in (0.0, -1.0, math.nan, torch.ones(4)):
+        with pytest.raises(ConfigError, match="scale is one positive number"):
+            pv.exact.linear_gaussian(x, W, b, scale)
+    for low, high, first in ((1.0, -1.0, 65), (0.0, 0.0, 65), (-1.0, 1.0, 1)):
+        ends = torch.tensor([low]), torch.tensor([high])
+        with pytest.raises(ConfigError, match="ends low < high and at least 2 points"):
+            pv.exact.quadrature(lambda z: -(z**2), *ends, first=first)
+
+
 def test_what_cannot_be_gridded_or_enumerated_names_the_site() -> None:
     pair = Linear.random(features=4, latent=3)
     x = pair.draw(4)

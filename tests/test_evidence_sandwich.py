@@ -46,6 +46,9 @@ def test_verdicts() -> None:
     loose = pv.sandwich(bad.model, bad.guide, x, num_samples=100)
     assert not loose.tight
     assert "bounds" in str(loose)
+    one = pv.sandwich(good.model, good.guide, x[:1], num_samples=100)
+    assert not one.tight
+    assert "So few data cannot tell" in str(one)
 
 
 def test_a_missed_mode_shows_in_the_gap() -> None:

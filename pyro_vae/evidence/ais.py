@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -45,10 +46,17 @@ class Settings:
     inflation: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.chains < 2 or self.temperatures < 1 or self.leapfrogs < 1:
+        counts = (self.chains, self.temperatures, self.leapfrogs)
+        whole = all(isinstance(count, Integral) for count in counts)
+        if not whole or self.chains < 2 or self.temperatures < 1 or self.leapfrogs < 1:
             raise ConfigError(
                 "annealing takes at least 2 chains, 1 temperature and 1 leapfrog step; got "
-                f"{self.chains}, {self.temperatures} and {self.leapfrogs}"
+                "{!r}, {!r} and {!r}".format(*counts)
+            )
+        if not 0 < self.acceptance < 1 or not self.inflation > 0:
+            raise ConfigError(
+                "annealing is tuned to an acceptance between 0 and 1 and starts from noise with a "
+                f"positive inflation; got {self.acceptance!r} and {self.inflation!r}"
             )
 
 

@@ -12,6 +12,7 @@ from pyro_vae.errors import ConfigError
 from pyro_vae.evidence import ais
 from pyro_vae.evidence.ais import Position, Settings, Space, State
 from pyro_vae.evidence.bases import Base, GuideBase, PriorBase
+from pyro_vae.evidence.ground import refuse_nan
 from pyro_vae.evidence.pushforward import noise, streams
 from pyro_vae.evidence.target import Target
 
@@ -86,11 +87,16 @@ class Annealer:
         return ais.anneal(space, state, self.betas, steps, self.settings.leapfrogs, fresh)
 
     def _begin(self, rows: range, key: int) -> tuple[Space, State, ais.Fresh]:
-        """Chains drawn from the base."""
+        """Chains drawn from the base.
+
+        Raises:
+            NonFiniteError: the density is NaN there; where it is further on, moves are rejected.
+        """
         space = self._space(rows)
         seeds = self.target.seeds(rows, self.seed, key, 0)
-        state = space.state(self.base.draw(rows, self.settings.chains, seeds))
-        return space, state, self._fresh(rows, key)
+        u = self.base.draw(rows, self.settings.chains, seeds)
+        refuse_nan(self.base.densities(rows, u)[0].T, rows)
+        return space, space.state(u), self._fresh(rows, key)
 
     def _space(self, rows: range) -> Space:
         return Space(self.base.axes, lambda u: self.base.densities(rows, u))

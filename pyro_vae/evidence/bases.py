@@ -65,9 +65,9 @@ class GuideBase:
 
     def draw(self, rows: range, chains: int, seeds: list[int]) -> Position:
         """Standard normal noise."""
-        x = self.target.arguments[0]
-        unit = torch.ones(1, device=x.device, dtype=x.dtype)
-        fresh, u = FreshNoise(streams(seeds, x.device), self.target.plate, unit), {}
+        device = self.target.arguments[0].device
+        unit = torch.ones(1, device=device)
+        fresh, u = FreshNoise(streams(seeds, device), self.target.plate, unit), {}
 
         def keep(name: str, fn: Any) -> Tensor:
             u[name] = fresh(name, fn)

@@ -24,7 +24,7 @@ from pyro_vae.seeding import derive, seeded
 from pyro_vae.typing import Program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sandwich:
     """log p(x) of simulated data between two bounds, each valid in expectation; nats.
 
@@ -58,11 +58,13 @@ class Sandwich:
         return self.gap + 2 * self.gap_se <= self.tolerance
 
     def __str__(self) -> str:
-        told = (
-            f"Estimates can be trusted to {self.tolerance:g} nats on data like the model's own"
-            if self.tight
-            else f"The gap exceeds {self.tolerance:g} nats: read estimates of this model as bounds"
-        )
+        limit = f"{self.tolerance:g} nats"
+        if self.tight:
+            told = f"Estimates can be trusted to {limit} on data like the model's own"
+        elif self.gap > self.tolerance:
+            told = f"The gap exceeds {limit}: read estimates of this model as bounds"
+        else:
+            told = f"So few data cannot tell whether the gap is within {limit}"
         return (
             f"{self.lower.mean():.3f} <= log p(x) <= {self.upper.mean():.3f} nats a datum, "
             f"gap {self.gap:.3g} ± {self.gap_se:.2g} ({len(self.lower):,} simulated data, "

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pyro_vae.errors import ConfigError, DataError
-from pyro_vae.evidence.result import Evidence
+from pyro_vae.evidence.result import Evidence, methods_used
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Difference:
     """log p_a(x) - log p_b(x), paired by datum; nats.
 
@@ -42,7 +43,7 @@ class Difference:
         return text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """Models ranked by mean log p(x), each against the best, in the manner of `az.compare`.
 
@@ -70,6 +71,10 @@ class Comparison:
                 f"{rank:>4}  {name:<{width}}  {bound + format(e.mean, '.3f'):>10}  "
                 f"{0.0 - d.mean:>8.3f}  {d.se_total:>7.2g}  {d.se_mc:>7.2g}  {e.num_flagged:>8,}"
             )
+        methods = [methods_used(e) for e in self.evidences]
+        if len(set(methods)) > 1:
+            told = "; ".join(f"{n}: {how}" for n, how in zip(self.names, methods, strict=True))
+            lines.append(f"evaluated by different methods, whose biases differ: {told}")
         return "\n".join(lines)
 
 
@@ -77,7 +82,8 @@ def difference(a: Evidence, b: Evidence, mixed: bool = False) -> Difference:
     """log p_a(x) - log p_b(x) on the same data.
 
     Args:
-        mixed: allow different numbers of draws or methods: their biases then differ too.
+        mixed: allow different numbers of draws or methods: their biases then differ too. What
+            counts is what was asked for: "auto" may treat the two differently.
 
     Raises:
         DataError: the two saw different data (or binarised them differently).
@@ -92,23 +98,37 @@ def difference(a: Evidence, b: Evidence, mixed: bool = False) -> Difference:
             f"these evaluations saw different data: {len(a)} rows with fingerprint {seen[0]}, and "
             f"{len(b)} with {seen[1]}. Evaluate both on the same rows, binarised alike"
         )
-    for what in ("num_samples", "method"):
-        one, other = (sorted(set(getattr(e, what).tolist())) for e in (a, b))
-        if one != other and not mixed:
+    one, other = _request(a), _request(b)
+    for what in one | other:
+        if one.get(what) != other.get(what) and not mixed:
             raise ConfigError(
-                f"these evaluations have {what} {one} and {other}, so their biases differ: "
-                "evaluate both alike, or pass mixed=True"
+                f"these evaluations have {what} {one.get(what)} and {other.get(what)}, so their "
+                "biases differ: evaluate both alike, or pass mixed=True"
             )
     per_datum = a.log_px - b.log_px
     N = len(per_datum)
     return Difference(
         per_datum=per_datum,
         mean=float(per_datum.mean()),
-        se_mc=math.sqrt(float((a.se**2 + b.se**2).sum())) / N,
+        se_mc=0.0 if a is b else math.sqrt(float((a.se**2 + b.se**2).sum())) / N,
         se_total=float(per_datum.std(ddof=1)) / math.sqrt(N) if N > 1 else math.nan,
         bias_est=float((a.bias_est - b.bias_est).mean()),
         num_flagged=int((a.flagged | b.flagged).sum()),
     )
+
+
+def _request(e: Evidence) -> dict[str, list[Any]]:
+    """What an evaluation was asked for, as far as its bias depends on it; of one without
+    provenance, what it did."""
+
+    def asked(what: str) -> list[Any]:
+        given = e.provenance.get(what)
+        return sorted(set(getattr(e, what).tolist())) if given is None else [given]
+
+    if (method := asked("method")) in (["grid"], ["enumerate"]):
+        return {"method": method}
+    annealing = [e.provenance["annealing"]] if "annealing" in e.provenance else []
+    return {"method": method, "num_samples": asked("num_samples"), "annealing": annealing}
 
 
 def compare(evidences: Mapping[str, Evidence], mixed: bool = False) -> Comparison:
@@ -127,6 +147,7 @@ def compare(evidences: Mapping[str, Evidence], mixed: bool = False) -> Compariso
             "a comparison takes at least two evaluations by name, "
             '{"a": evidence_a, "b": evidence_b}'
         )
+    evidences = {str(name): e for name, e in evidences.items()}
     names = sorted(evidences, key=lambda name: -evidences[name].mean)
     best = evidences[names[0]]
     return Comparison(

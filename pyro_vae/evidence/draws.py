@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push, streams
-from pyro_vae.evidence.sites import check_same_sites
+from pyro_vae.evidence.sites import check_point_masses, check_same_sites
 from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
 from pyro_vae.seeding import seeded
@@ -47,13 +47,19 @@ class Guide:
 
     Attributes:
         is_map: whether all its distributions are such maps.
+
+    Raises:
+        SiteError: a site is a point mass.
     """
 
     def __init__(self, target: Target) -> None:
         self.target = target
         with torch.random.fork_rng(), torch.no_grad():
-            sites = target.pair(range(1), 1).sites_at(target.guide, {})
-        self.is_map = all(is_pushforward(site["fn"]) for site in sites.values())
+            sites = target.pair(range(1), 2).sites_at(target.guide, {})
+        check_point_masses(sites)
+        self.is_map = all(
+            is_pushforward(site["fn"]) and not site["is_observed"] for site in sites.values()
+        )
 
     def draw(
         self, rows: range, num_draws: int, seeds: list[int], scales: Tensor, inflation: float
@@ -146,9 +152,10 @@ class FreshNoise:
     def __call__(self, name: str, fn: Any) -> Tensor:
         axis = self.plate - len(fn.event_shape)
         u = noise(fn.shape(), axis, self.streams, _location(fn).dtype)
-        if len(self.scales) == 1:
-            return u * self.scales
-        return u * self.scales.reshape(-1, *(1,) * (u.dim() - 1))
+        scales = self.scales.to(u.dtype)  # the data may be whole numbers
+        if len(scales) == 1:
+            return u * scales
+        return u * scales.reshape(-1, *(1,) * (u.dim() - 1))
 
 
 def _location(fn: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
-from pyro_vae.errors import ShapeError
+from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.evidence.grid import Grid, quadrature
 
 __all__ = ["Grid", "linear_gaussian", "linear_gaussian_posterior", "quadrature", "weight_variance"]
@@ -28,6 +28,7 @@ def linear_gaussian(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | flo
 
     Raises:
         ShapeError: the shapes do not fit.
+        ConfigError: the scale is not positive.
     """
     centred, factor, scale = _prepare(x, weight, bias, scale)
     D, d = weight.shape
@@ -65,7 +66,7 @@ def weight_variance(
     P, Q = torch.linalg.inv(covariance), torch.linalg.inv(guide_covariance)
     A = 2 * P - Q
     if torch.linalg.eigvalsh(A).min() <= 0:
-        return torch.tensor(math.inf)
+        return covariance.new_tensor(math.inf)
     b = 2 * P @ loc - Q @ guide_loc
     c = 2 * loc @ P @ loc - guide_loc @ Q @ guide_loc
     log_dets = 2 * torch.logdet(P) - torch.logdet(Q) - torch.logdet(A)
@@ -82,5 +83,7 @@ def _prepare(
             f"{tuple(bias.shape)} and {tuple(x.shape)}"
         )
     scale = torch.as_tensor(scale, dtype=weight.dtype, device=weight.device)
-    M = weight.mT @ weight + scale**2 * torch.eye(weight.shape[1], dtype=weight.dtype)
+    if scale.dim() or not scale > 0:
+        raise ConfigError(f"the scale is one positive number, got {scale.tolist()}")
+    M = weight.mT @ weight + scale**2 * torch.eye(weight.shape[1]).to(weight)
     return x - bias, torch.linalg.cholesky(M), scale

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.data import Data, Split
-from pyro_vae.errors import ConfigError, DataError
+from pyro_vae.errors import ConfigError, DataError, NonFiniteError
 from pyro_vae.typing import Program
 
 CHUNK_BYTES = 64 * 2**20
@@ -28,7 +29,7 @@ def prepare(
 
     Raises:
         DataError: `x` is no array of numbers, or holds no datum.
-        ConfigError: model or guide cannot be called.
+        ConfigError: model or guide cannot be called, or the guide was never run.
     """
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
@@ -41,15 +42,24 @@ def prepare(
     x = _as_tensor(x)
     if x.dim() == 0 or len(x) == 0:
         raise DataError(f"x holds no datum to evaluate: its shape is {tuple(x.shape)}")
-    parameters = [p for m in programs.modules_of(model, guide) for p in m.parameters()]
+    modules = programs.modules_of(model, guide)
+    for module in modules:
+        if isinstance(module, AutoGuide) and module.prototype_trace is None:
+            raise ConfigError(
+                f"the {type(module).__name__} has no parameters yet: train it, or call it on data"
+            )
+    parameters = [p for module in modules for p in module.parameters()]
     like = next((p for p in parameters if p.is_floating_point()), None)
 
     def fit(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_inference():
+            value = value.clone()  # annealing takes gradients
         if like is None or not isinstance(value, Tensor):
             return value
         return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
-    return fit(x), tuple(map(fit, args))
+    with torch.inference_mode(False):
+        return fit(x), tuple(map(fit, args))
 
 
 def _as_tensor(x: Any) -> Tensor:
@@ -66,6 +76,21 @@ def _as_tensor(x: Any) -> Tensor:
         ) from error
 
 
+def refuse_nan(values: Tensor, rows: range) -> Tensor:
+    """The values `(rows, ...)`, unless one is NaN.
+
+    Raises:
+        NonFiniteError: which row's.
+    """
+    if values.isnan().any():
+        row = rows.start + int(values.isnan().flatten(1).any(1).nonzero()[0])
+        raise NonFiniteError(
+            f"the log weights of row {row} are NaN: check that the datum is finite and that "
+            "the parameters of model and guide are"
+        )
+    return values
+
+
 @contextmanager
 def undisturbed(*programs_: Program, tf32: bool = False) -> Iterator[None]:
     """The ground for an evaluation: no gradients, evaluation mode, full precision, no validation
@@ -77,6 +102,7 @@ def undisturbed(*programs_: Program, tf32: bool = False) -> Iterator[None]:
     store = pyro.get_param_store()
     with (
         _precision(tf32),
+        torch.inference_mode(False),  # annealing takes gradients
         torch.no_grad(),
         torch.random.fork_rng(),
         programs.evaluating(*programs_),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import NonFiniteError
+from pyro_vae.errors import ConfigError
 from pyro_vae.evidence.diagnostics import Summary, summarize
 from pyro_vae.evidence.draws import Draws, Guide
+from pyro_vae.evidence.ground import refuse_nan
 from pyro_vae.evidence.target import Target
 
 # draws that the guide makes at once for a datum; part of what a seed means, so it is fixed
@@ -32,6 +34,10 @@ class Proposal:
 
     share: float = 0.1
     inflation: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, Real) or not 0 <= self.share < 1:
+            raise ConfigError(f"defensive is a share in [0, 1), got {self.share!r}")
 
     def wide(self, num_samples: int) -> Tensor:
         """Which of the draws are inflated, spread evenly: `(num_samples,)`."""
@@ -126,8 +132,7 @@ class Sampler:
             yield draws, self._log_joint(rows, draws)
 
     def _draw(self, rows: range, start: int, wide: Tensor) -> Draws:
-        x = self.target.arguments[0]
-        scales = torch.where(wide, self.proposal.inflation, 1.0).to(x.device, x.dtype)
+        scales = torch.where(wide, self.proposal.inflation, 1.0).to(self.target.arguments[0].device)
         seeds = self.target.seeds(rows, self.seed, start)
         return self.guide.draw(rows, len(wide), seeds, scales, self.proposal.inflation)
 
@@ -189,14 +194,7 @@ class Sampler:
 
 def _by_row(blocks: list[Tensor], rows: range) -> Tensor:
     """Blocks of `(draws, rows)` as one `(rows, K)`."""
-    log_w = torch.cat(blocks).T.contiguous().cpu()
-    if log_w.isnan().any():
-        row = rows.start + int(log_w.isnan().any(1).nonzero()[0])
-        raise NonFiniteError(
-            f"the log weights of row {row} are NaN: check that the datum is finite and that "
-            "the parameters of model and guide are"
-        )
-    return log_w
+    return refuse_nan(torch.cat(blocks).T.contiguous().cpu(), rows)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -11,21 +11,41 @@ from pyro_vae import programs
 from pyro_vae.evidence.arithmetic import slices
 from pyro_vae.evidence.pushforward import LOG_2PI, compact
 from pyro_vae.programs import Site
+from pyro_vae.typing import Distribution
 
 # of numbers from 1/2 to 1, far from the smallest float32; an odd number of them adds some more
 LARGEST_PRODUCT = 16
+PARTS = 16  # of a sum, each in the precision of its terms
 
 
 def log_prob(site: Site) -> Tensor:
-    """What `programs.log_prob` returns: nats, in the site's batch shape, masked and unscaled."""
+    """What `programs.log_prob` returns: nats, in the site's batch shape, masked and unscaled.
+
+    Sums over features are float64: thousands of nats in float32 have steps of a thousandth.
+    """
     fn = site["fn"]
-    if isinstance(fn, td.Independent) and fn.reinterpreted_batch_ndims == 1:
-        base, value = fn.base_dist, site["value"]
-        if isinstance(base, td.Bernoulli) and "logits" in base.__dict__:
-            return programs.masked(site, _bernoulli(base.logits, value))
-        if isinstance(base, td.Normal) and not base.loc.requires_grad:
-            return programs.masked(site, _normal(base, value))
+    if isinstance(fn, td.Independent) and fn.reinterpreted_batch_ndims:
+        return programs.masked(site, _independent(fn, site["value"]))
     return programs.log_prob(site)
+
+
+def _independent(fn: Distribution, value: Tensor) -> Tensor:
+    """The log-density of independent features."""
+    base, dims = fn.base_dist, fn.reinterpreted_batch_ndims
+    if dims == 1 and isinstance(base, td.Bernoulli) and "logits" in base.__dict__:
+        return _bernoulli(base.logits, value)
+    if dims == 1 and isinstance(base, td.Normal) and not base.loc.requires_grad:
+        return _normal(base, value)
+    return total(base.log_prob(value).flatten(-dims))
+
+
+def total(terms: Tensor) -> Tensor:
+    """Sum over the last dimension, float64: partial sums of `PARTS` terms, which are fast in the
+    terms' own precision, are added up in float64."""
+    width = terms.shape[-1] // PARTS
+    parts = terms[..., : width * PARTS].unflatten(-1, (PARTS, width)).sum(-2)
+    rest = terms[..., width * PARTS :]
+    return parts.sum(-1, dtype=torch.float64) + rest.sum(-1, dtype=torch.float64)
 
 
 def _bernoulli(logits: Tensor, x: Tensor) -> Tensor:
@@ -41,17 +61,17 @@ def _bernoulli(logits: Tensor, x: Tensor) -> Tensor:
     small = compact(logits)
     if small.dim() == 3 and small.shape[1] == 1 != logits.shape[1] and x.dim() == 2:
         # the same logits for every row (a grid): two matrix products for all pairs
-        shared = small.squeeze(1)
-        return logsigmoid(shared) @ x.T + logsigmoid(-shared) @ (1 - x).T
+        shared, x = small.squeeze(1), x.double()
+        return logsigmoid(shared).double() @ x.T + logsigmoid(-shared).double() @ (1 - x).T
     sign = (2 * x - 1).expand(logits.shape)
     if logits.requires_grad or logits.is_cuda:
-        return logsigmoid(sign * logits).sum(-1)
-    out = logits.new_empty(logits.shape[:-1])
+        return total(logsigmoid(sign * logits))
+    out = torch.empty(logits.shape[:-1], dtype=torch.float64)
     for part, signs, result in slices(logits, sign, out):
         t = signs * part
-        negative = t.clamp(max=0.0).sum(-1)
+        negative = total(t.clamp(max=0.0))
         factors = _fold(t.abs_().sigmoid_()).log_()
-        torch.add(negative, factors.sum(-1), out=result)
+        torch.add(negative, factors.sum(-1, dtype=torch.float64), out=result)
     return out
 
 
@@ -71,9 +91,9 @@ def _normal(base: td.Normal, value: Tensor) -> Tensor:
     """sum_d log N(x_d; loc_d, scale_d), whose scales are seldom as many as the draws."""
     scale = compact(base.scale)
     standardized = (value - compact(base.loc)) / scale
-    log_scale = scale.log()
     features = base.loc.shape[-1]
-    log_det = log_scale.sum(-1) * (features if log_scale.shape[-1] == 1 else 1)
-    squares = torch.linalg.vector_norm(standardized, dim=-1).square()
-    log_density = -0.5 * squares - log_det - 0.5 * LOG_2PI * features
+    # a scale that serves many features or draws would have its logarithm rounded alike in all
+    log_scale = (scale.double() if scale.numel() < base.loc.numel() else scale).log()
+    log_det = total(log_scale) * (features if scale.shape[-1] == 1 else 1)
+    log_density = -0.5 * total(standardized.square()) - log_det - 0.5 * LOG_2PI * features
     return log_density.expand(base.batch_shape[:-1])

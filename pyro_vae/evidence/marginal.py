@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from pyro_vae.checks import at_least
 from pyro_vae.data import Split
-from pyro_vae.errors import ConfigError, UnknownNameError
+from pyro_vae.errors import UnknownNameError
 from pyro_vae.evidence.ais import Settings
 from pyro_vae.evidence.annealing import Start, check_annealing
 from pyro_vae.evidence.diagnostics import checkpoints
@@ -64,9 +63,10 @@ def log_marginal(
         num_samples: K, exactly.
         method: "is", importance sampling. "ais", annealed importance sampling (Neal 2001) by
             Hamiltonian Monte Carlo: `annealing.chains` log weights, whose log mean is a lower bound
-            in expectation too. "grid", the trapezoid rule over one
-            or two latent dimensions, doubled until no log p(x) moves by 1e-3 nats; `se` then holds
-            the last change. "enumerate", the exact sum where every latent site is discrete.
+            in expectation too. "grid", the trapezoid rule over one or two latent dimensions,
+            doubled until no log p(x) moves by 1e-3 nats, over a box that is widened until as little
+            is beyond it; `se` then holds the larger of the two. "enumerate", the exact sum where
+            every latent site is discrete.
             "auto", importance sampling for every datum that a pilot finds sound, with half the
             draws inflated 2 or 3 times for those that then are ("is x2", "is x3"), and for the rest
             the grid, in one or two real latent dimensions, or annealing; what was used is recorded
@@ -88,23 +88,24 @@ def log_marginal(
         progress: show a progress bar with the time left; by default only on a terminal.
 
     Raises:
-        SiteError: a site that belongs to no datum, or is missing from the guide.
+        SiteError: a site that belongs to no datum, is missing from the guide, or whose density
+            depends on more than the datum and the latent variables (dropout that is always on).
         ShapeError: a plate that does not follow the length of `x`.
         SupportError: an observed value outside the support of its distribution.
         DataError: no data, or none that the programs run on.
         NonFiniteError: log weights are NaN.
         ConfigError, UnknownNameError: an option means nothing.
     """
-    _check_options(num_samples, method, defensive, start, annealing, chunk_bytes)
+    _check_options(num_samples, method, start, annealing, chunk_bytes)
+    proposal = Proposal(defensive)
     preparation = _preparation(x)
     x, args = prepare(model, guide, x, args)
     started = time.perf_counter()
     with undisturbed(model, guide, tf32=tf32):
         target = Target(model, guide, x, args, enumerate_all=method == "enumerate")
-        share = defensive if method in ("is", "auto") and Guide(target).is_map else 0.0
-        options = Options(
-            num_samples, seed, chunk_bytes, Proposal(share), annealing or Settings(), start
-        )
+        if method not in ("is", "auto") or not Guide(target).is_map:
+            proposal = Proposal(share=0.0)
+        options = Options(num_samples, seed, chunk_bytes, proposal, annealing or Settings(), start)
         results = list(_watched(METHODS[method](target, options), target.size, progress))
     columns, convergence = _collect(results)
     provenance = {
@@ -128,7 +129,7 @@ def log_marginal(
 
 
 def _check_options(
-    num_samples: int, method: str, defensive: float, start: str, annealing: Any, chunk_bytes: int
+    num_samples: int, method: str, start: str, annealing: Any, chunk_bytes: int
 ) -> None:
     if not isinstance(method, str) or method not in METHODS:
         known = ", ".join(f'"{name}"' for name in METHODS)
@@ -136,8 +137,6 @@ def _check_options(
     at_least("num_samples", num_samples, 1)
     at_least("chunk_bytes", chunk_bytes, 1)
     check_annealing(annealing, start)
-    if not isinstance(defensive, Real) or not 0 <= defensive < 1:
-        raise ConfigError(f"defensive is a share in [0, 1), got {defensive!r}")
 
 
 def _preparation(x: Any) -> dict[str, Any]:
@@ -150,6 +149,8 @@ def _preparation(x: Any) -> dict[str, Any]:
 def _settings(method: str, options: Options) -> dict[str, Any]:
     """What the draws depend on."""
     settings = {"seed": int(options.seed), "proposal": asdict(options.proposal)}
+    if method in ("is", "auto"):
+        settings["num_samples"] = int(options.num_samples)
     if method in ("ais", "auto"):
         settings["annealing"] = {**asdict(options.annealing), "start": options.start}
     return settings
@@ -170,7 +171,9 @@ def _audit(target: Target, method: str, options: Options, log_px: np.ndarray) ->
     """Some of the data again, with the same draws but products in full precision."""
     rows = sorted({round(i) for i in np.linspace(0, target.size - 1, AUDITED)})
     again, _ = _collect(list(METHODS[method](target.subset(rows), options)))
-    difference = np.abs(again["log_px"] - log_px[rows])
+    one, other = again["log_px"], log_px[rows]
+    # minus infinity in both is no difference
+    difference = np.abs(np.subtract(one, other, where=one != other, out=np.zeros(len(rows))))
     return {"data": len(rows), "largest_difference": float(difference.max())}
 
 

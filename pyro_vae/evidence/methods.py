@@ -15,6 +15,7 @@ from pyro_vae.evidence.annealing import Annealer, Start
 from pyro_vae.evidence.diagnostics import MIN_ESS, khat_threshold
 from pyro_vae.evidence.figures import annealed_figures, exact_figures, figures
 from pyro_vae.evidence.grid import LARGEST, TOLERANCE, GridIntegrator, real_sites
+from pyro_vae.evidence.ground import refuse_nan
 from pyro_vae.evidence.importance import Proposal, Sampler
 from pyro_vae.evidence.target import Target
 from pyro_vae.seeding import derive
@@ -67,7 +68,7 @@ def by_enumeration(target: Target, options: Options) -> Results:
     step = max(1, options.chunk_bytes // target.bytes_per_pair)
     for start in range(0, target.size, step):
         rows = range(start, min(start + step, target.size))
-        log_px = target.log_joint(rows, {})[0].double().cpu().numpy()
+        log_px = refuse_nan(target.log_joint(rows, {}).T, rows).squeeze(1).cpu().numpy()
         zero = np.zeros(len(rows))
         yield list(rows), exact_figures(log_px, zero, "enumerate", states, zero > 0)
 

@@ -37,19 +37,28 @@ def posterior_draws(
 
     Args and raises: as `log_marginal`; `num_draws` is at least 1.
     """
-    at_least("num_draws", num_draws, 1)
-    at_least("num_samples", num_samples, 1)
     x, args = prepare(model, guide, x, args)
     with undisturbed(model, guide):
         target = Target(model, guide, x, args)
         sampler = Sampler(target, num_samples, seed, chunk_bytes, Proposal(defensive))
-        parts = []
-        for rows in sampler.chunks():
-            log_w, values = sampler.weighted_draws(rows)
-            chosen = [_choose(log_w[i], num_draws, derive(seed, row)) for i, row in enumerate(rows)]
-            taken = torch.stack(chosen, 1).to(x.device)
-            z = {name: _take(v, taken, target.axis(name)) for name, v in values.items()}
-            parts.append({**z, **_discrete(target, rows, z, seed)})
+        return resample(sampler, num_draws)
+
+
+def resample(sampler: Sampler, num_draws: int) -> dict[str, Tensor]:
+    """What `posterior_draws` returns, from the weighted draws of a sampler.
+
+    Raises:
+        ConfigError: `num_draws` or the sampler's number of draws is less than 1.
+    """
+    at_least("num_draws", num_draws, 1)
+    at_least("num_samples", sampler.num_samples, 1)
+    target, seed, parts = sampler.target, sampler.seed, []
+    for rows in sampler.chunks():
+        log_w, values = sampler.weighted_draws(rows)
+        chosen = [_choose(log_w[i], num_draws, derive(seed, row)) for i, row in enumerate(rows)]
+        taken = torch.stack(chosen, 1).to(target.arguments[0].device)
+        z = {name: _take(v, taken, target.axis(name)) for name, v in values.items()}
+        parts.append({**z, **_discrete(target, rows, z, seed)})
     return {name: torch.cat([p[name] for p in parts], target.axis(name)) for name in parts[0]}
 
 

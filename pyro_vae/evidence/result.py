@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """log p(x) of N data, each with its error, its bias and its diagnostics. Nats throughout.
 
@@ -62,7 +64,7 @@ class Evidence:
     data_size: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     convergence: Mapping[int, float] = field(default_factory=dict)
-    source: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+    source: tuple[Any, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.log_px)
@@ -152,11 +154,12 @@ class Evidence:
         path = Path(path)
         plain = {"data_size": self.data_size, "provenance": dict(self.provenance),
                  "convergence": {str(k): v for k, v in self.convergence.items()}}  # fmt: skip
+        plain = _to_json(plain)
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         if path.suffix == ".npz":
             np.savez(path, header=np.array(json.dumps(plain)), **arrays)
         elif path.suffix == ".json":
-            columns = {name: _to_json(values) for name, values in arrays.items()}
+            columns = {name: _to_json(values.tolist()) for name, values in arrays.items()}
             path.write_text(json.dumps({**plain, **columns}, indent=1) + "\n")
         else:
             raise ConfigError(f"evidence is saved as .npz or .json, not {path.name!r}")
@@ -175,44 +178,70 @@ class Evidence:
             raise ConfigError(f"evidence is read from .npz or .json, not {path.name!r}")
         try:
             if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as stored:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                     plain = json.loads(str(stored["header"]))
                     arrays = {name: stored[name] for name in _ARRAYS}
             else:
                 plain = json.loads(path.read_text())
-                arrays = {name: _from_json(plain.pop(name), name) for name in _ARRAYS}
-            plain["convergence"] = {int(k): v for k, v in plain["convergence"].items()}
-            return cls(**arrays, **plain)
+                arrays = {name: plain.pop(name) for name in _ARRAYS}
+            arrays = {name: _column(name, values) for name, values in arrays.items()}
+            plain["convergence"] = {int(k): float(v) for k, v in plain["convergence"].items()}
+            found = cls(**arrays, **plain)
+            _check(found)
+            return found
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except _DAMAGE as error:
             raise CorruptFileError(f"{path} holds no evidence: {error}") from error
 
 
 _ARRAYS = [f.name for f in fields(Evidence) if f.type == "Array"]
-_KINDS = {"method": str, "flagged": bool, "num_samples": np.int64}
+_KINDS = {"method": np.str_, "flagged": np.bool_, "num_samples": np.int64}
+_DAMAGE = (
+    OSError, EOFError, zipfile.BadZipFile, zlib.error,
+    ValueError, KeyError, TypeError, AttributeError,
+)  # fmt: skip
 
 
-def _to_json(values: Array) -> list[Any]:
+def _to_json(value: Any) -> Any:
     # JSON has no NaN and no infinity: they travel as words
-    if values.dtype.kind == "f":
-        return [v if math.isfinite(v) else str(v) for v in values.tolist()]
-    return values.tolist()
+    if isinstance(value, Mapping):
+        return {name: _to_json(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_to_json(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _from_json(values: list[Any], name: str) -> Array:
-    if name in _KINDS:
-        return np.array(values, dtype=_KINDS[name])
-    return np.array([float(v) for v in values])
+def _column(name: str, values: Any) -> Array:
+    """An array as a file has it, in its type."""
+    kind = _KINDS.get(name, np.float64)
+    array = np.array(values, dtype=kind if kind is np.float64 else None)
+    if not np.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} is of type {array.dtype}")
+    return array
+
+
+def _check(e: Evidence) -> None:
+    """Raise ValueError where the parts of an evaluation do not fit together."""
+    shapes = {name: getattr(e, name).shape for name in _ARRAYS}
+    if set(shapes.values()) != {(len(e),)} or not len(e):
+        raise ValueError(f"its columns have shapes {shapes}")
+    if not isinstance(e.data_size, int) or e.data_size < 1 or not isinstance(e.provenance, dict):
+        raise ValueError(f"data_size is {e.data_size!r}, provenance {e.provenance!r}")
+
+
+def methods_used(e: Evidence) -> str:
+    """What made the estimates, and of how many data each."""
+    methods, numbers = np.unique(e.method, return_counts=True)
+    if len(methods) == 1:
+        return str(methods[0])
+    return ", ".join(f"{m} {n:,}" for m, n in zip(methods, numbers, strict=True))
 
 
 def _describe(e: Evidence) -> str:
     counts = sorted(set(e.num_samples.tolist()))
     draws = f"K = {counts[0]:,}" if len(counts) == 1 else f"K = {counts[0]:,} to {counts[-1]:,}"
-    methods, numbers = np.unique(e.method, return_counts=True)
-    how = ", ".join(
-        str(m) if len(methods) == 1 else f"{m} {n:,}" for m, n in zip(methods, numbers, strict=True)
-    )
+    how = methods_used(e)
     about = f"{len(e):,} data, {draws}, {how}"
     over = f"{e.se_total:.3g} over test sets, " if len(e) > 1 else ""
     bits = e.bits_per_dim

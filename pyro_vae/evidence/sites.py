@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae import programs
 from pyro_vae.errors import DataError, PyroVAEError, ShapeError, SiteError, SupportError
-from pyro_vae.programs import PARTICLES, Site
+from pyro_vae.programs import PARTICLES, Run, Site
+
+REAL = (constraints.real, constraints.real_vector)
 
 
 @contextmanager
@@ -49,6 +53,66 @@ def check_same_sites(
         )
 
 
+def check_observed(sites: Mapping[str, Site], expected: set[str], rows: range) -> None:
+    """Raise `SiteError` where a site is observed for some data only."""
+    observed = {name for name, site in sites.items() if site["is_observed"]}
+    if changed := observed ^ expected:
+        raise SiteError(
+            f"the model's sites {sorted(changed)} are observed for some data and latent for others "
+            f"(rows {rows.start} to {rows.stop - 1} are unlike the first): where data are missing, "
+            "mask the site instead"
+        )
+
+
+def check_auxiliary(run: Run) -> None:
+    """Raise `SiteError` where the guide draws what is no latent site of the model."""
+    for name, site in run.auxiliary:
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary"):
+            raise SiteError(
+                f'the guide draws "{name}", which is no latent site of the model, so that its '
+                "density has no counterpart in p(x, z) and the weights would not average to p(x): "
+                'leave it out (what other sites are made of is marked infer={"is_auxiliary": True})'
+            )
+
+
+def check_point_masses(guide: Mapping[str, Site]) -> None:
+    """Raise `SiteError` where two draws of the guide are always the same.
+
+    Args:
+        guide: its sites, run for two draws.
+    """
+    for name, site in guide.items():
+        fn, value = site["fn"], site["value"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, Delta) and (value[0] == value[-1]).all():
+            raise SiteError(
+                f'the guide\'s site "{name}" is a point mass (Delta), which has no density to '
+                "weigh p(x, z) by: draw it from a distribution"
+            )
+
+
+def check_alike(
+    once: Mapping[str, Tensor], again: Mapping[str, Tensor], apart: Mapping[str, Tensor]
+) -> None:
+    """Raise `SiteError` where the same values of the same rows have different densities.
+
+    Args:
+        once, again: of two runs of the model, by site.
+        apart: of runs on one row each.
+    """
+    for name, value in once.items():
+        for other, told in (
+            (again[name], "is another at every run: is there dropout that is always on, or a draw "
+             "outside pyro.sample?"),
+            (apart[name], "changes with the rows beside it: is there batch normalisation that is "
+             "always training, or a sum over rows?"),
+        ):  # fmt: skip
+            # rounding differs with the shape of a product, and is not meant
+            if not torch.allclose(value, other, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise SiteError(f'the density of a row at site "{name}" {told}')
+
+
 def check_enumerable(sites: Mapping[str, Site], guide: list[str], enumerate_all: bool) -> None:
     """Raise `SiteError` unless every one of the sites has finitely many values to sum over."""
     for name, site in sites.items():
@@ -79,31 +143,42 @@ def discrete_values(name: str, site: Site, plate: int) -> Tensor:
     return support.reshape(len(support), *fn.event_shape)
 
 
-def data_plate(sites: list[tuple[str, Site]], num_rows: int) -> int:
-    """The dimension of the plate that every site is in and that has one index a row."""
-    frames = [
-        {f.dim: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
-        for _, site in sites
-    ]
+def data_plates(sites: Sequence[tuple[str, Site]], num_rows: int) -> set[int]:
+    """The dimensions of the plates that every site is in and that have one index a row.
+
+    Raises:
+        SiteError, ShapeError: there are sites, and none.
+    """
+    if not sites:
+        return set()
+    frames = [_plates(site) for _, site in sites]
     candidates = [
         {dim for dim, frame in plates.items() if frame.size == num_rows} for plates in frames
     ]
     shared = set.intersection(*candidates)
     if not shared:
         raise _no_plate(sites, frames, candidates, num_rows)
-    plate = min(shared)
-    for (name, _), plates in zip(sites, frames, strict=True):
-        for dim, frame in plates.items():
+    return shared
+
+
+def check_subsampling(sites: Sequence[tuple[str, Site]], plate: int) -> None:
+    """Raise `SiteError` where another plate than that of the data takes some of its indices."""
+    for name, site in sites:
+        for dim, frame in _plates(site).items():
             if dim != plate and frame.full_size is not None and frame.full_size != frame.size:
                 raise SiteError(
                     f'plate "{frame.name}" at site "{name}" is subsampled within a datum, so its '
                     "sum is an estimate and the weights of the datum are not: run it in full"
                 )
-    return plate
+
+
+def _plates(site: Site) -> dict[int, Any]:
+    frames = site["cond_indep_stack"]
+    return {f.dim: f for f in frames if f.vectorized and f.name != PARTICLES}
 
 
 def _no_plate(
-    sites: list[tuple[str, Site]],
+    sites: Sequence[tuple[str, Site]],
     frames: list[dict[int, Any]],
     candidates: list[set[int]],
     num_rows: int,
@@ -116,7 +191,7 @@ def _no_plate(
         return ShapeError(
             f'{kind} site "{name}" lies in plates of sizes {plates}, none of which is the '
             f"{num_rows} rows that the program was called with: its plate must follow the length "
-            "of its argument"
+            "of its argument, since not all rows are evaluated at once"
         )
     return SiteError(
         f'{kind} site "{name}" lies in no plate: it is shared by all data, so log p(x) is no sum '
@@ -125,11 +200,26 @@ def _no_plate(
 
 
 def plain_support(fn: Any) -> constraints.Constraint:
-    """The support of a distribution's single values, without the wrapping of events."""
-    support = fn.support
+    """The support of a distribution's single values, without the wrapping of events; all of the
+    real line where the distribution does not tell."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return constraints.real
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
+
+
+def outside_support(site: Site) -> Tensor | None:
+    """1 where a value is impossible, in the site's batch shape; None where every value is possible.
+
+    Densities are not to be asked there: a Gamma's is NaN at a negative number.
+    """
+    fn, support = site["fn"], plain_support(site["fn"])
+    if support in REAL or constraints.is_dependent(support):
+        return None
+    return programs.masked(site, (~fn.support.check(site["value"])).double())
 
 
 def check_support(name: str, site: Site, plate: int, rows: range) -> None:

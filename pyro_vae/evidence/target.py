@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae import programs
@@ -16,14 +18,19 @@ from pyro_vae.errors import SiteError
 from pyro_vae.evidence import kernels
 from pyro_vae.evidence.arithmetic import FastArithmetic
 from pyro_vae.evidence.sites import (
+    check_alike,
+    check_auxiliary,
     check_enumerable,
+    check_observed,
     check_same_sites,
+    check_subsampling,
     check_support,
-    data_plate,
+    data_plates,
     discrete_values,
     explained,
+    outside_support,
 )
-from pyro_vae.programs import Pair, Run
+from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.seeding import derive
 from pyro_vae.typing import Program
 
@@ -39,14 +46,16 @@ class Target:
         x: `(N, ...)`, on the device and in the precision of the programs.
         args: further arguments; tensors of length N are taken by row, as `x` is.
         enumerate_all: sum over all latent sites, which must be discrete, and leave the guide out.
-        ids: numbers of the rows that fix their random streams; by default 0, 1, ...
 
     Attributes:
+        ids: numbers of the rows that fix their random streams.
         evaluations: (datum, draw) pairs that the model was run on so far.
 
     Raises:
         SiteError: a site lies outside the plate of the data, a latent site is missing from the
-            guide, nothing is observed, or a plate inside that of the data is subsampled.
+            guide or the guide draws one that the model lacks or that has no density, nothing is
+            observed, a plate inside that of the data is subsampled, or the density of a row is
+            random or depends on the rows beside it.
         DataError: a program does not run on `x`, or not for several draws at once.
     """
 
@@ -57,11 +66,11 @@ class Target:
         x: Tensor,
         args: Sequence[Any] = (),
         enumerate_all: bool = False,
-        ids: Sequence[int] | None = None,
     ) -> None:
-        self.ids = range(len(x)) if ids is None else ids
+        self.ids: Sequence[int] = range(len(x))
         self.model, self.guide = model, guide
         self.arguments = (x, *args)
+        self.by_row = [isinstance(a, Tensor) and a.dim() and len(a) == len(x) for a in (x, *args)]
         self.size = len(x)
         self.evaluations = 0
         self.nesting = 0
@@ -75,9 +84,10 @@ class Target:
         self.observed = {name for name, _ in run.observed}
         if not self.observed:
             raise SiteError("the model observes nothing: give it the data through obs=")
+        check_auxiliary(run)
         missing = {name: s for name, s in run.latent if name not in run.guide}
         check_enumerable(missing, sorted(run.guide), enumerate_all)
-        self.plate = data_plate(sites, len(rows))
+        self.plate = self._data_plate(sites, rows)
         self.supports = {name: discrete_values(name, s, self.plate) for name, s in missing.items()}
         self.model_sites, self.guide_sites = set(run.model), set(run.guide)
         self.event_dims = {name: len(s["fn"].event_shape) for name, s in run.model.items()} | {
@@ -85,19 +95,19 @@ class Target:
         }
         self.latent_size = sum(value.numel() for value in run.values.values()) // len(rows)
         self.data_size = sum(s["value"].numel() for _, s in run.observed) // len(rows)
-        self.bytes_per_pair = self._measure()
+        self._check_rows_apart(rows, run)
         if not enumerate_all:
             self._probe(rows, 2)
+        self.bytes_per_pair = self._measure()
 
     def subset(self, chosen: Sequence[int]) -> Target:
         """The target of some of the rows, which keep their random streams."""
+        part = copy.copy(self)
         index = torch.as_tensor(list(chosen), device=self.arguments[0].device)
-        x, *args = (
-            a[index] if isinstance(a, Tensor) and a.dim() and len(a) == self.size else a
-            for a in self.arguments
-        )
-        ids = [self.ids[i] for i in chosen]
-        return Target(self.model, self.guide, x, args, self.enumerate_all, ids)
+        part.arguments = self._take(index)
+        part.ids = [self.ids[i] for i in chosen]
+        part.size, part.evaluations = len(part.ids), 0
+        return part
 
     def seeds(self, rows: range, seed: int, *keys: int) -> list[int]:
         """A seed for each of the rows."""
@@ -151,20 +161,25 @@ class Target:
         with FastArithmetic():
             sites = pair.sites_at(self.model, values)
         check_same_sites(sites, self.model_sites, "model", rows)
-        prior = torch.zeros((), device=self.arguments[0].device)
-        likelihood = torch.zeros_like(prior)
+        check_observed(sites, self.observed, rows)
+        prior = torch.zeros((), dtype=torch.float64, device=self.arguments[0].device)
+        likelihood, outside = torch.zeros_like(prior), []
         for name, site in sites.items():
             if name in self.observed:
                 check_support(name, site, self.plate, rows)
                 likelihood = likelihood + self.within(kernels.log_prob(site))
             else:
                 prior = prior + self.within(kernels.log_prob(site))
+                outside += [] if (out := outside_support(site)) is None else [self.within(out) > 0]
+        joint = prior + likelihood
+        for out in outside:  # a guide may draw what the model cannot, where densities are NaN
+            prior, joint = (torch.where(out, -math.inf, value) for value in (prior, joint))
         shape = (pair.num_particles, len(rows))
-        return prior.expand(shape), (prior + likelihood).expand(shape)
+        return prior.expand(shape), joint.expand(shape)
 
     def within(self, value: Tensor) -> Tensor:
-        """Sum a batch-shaped tensor to `(num_draws, rows)`."""
-        return programs.sum_within(value, [self.plate], self.nesting)
+        """Sum a batch-shaped tensor to `(num_draws, rows)`, float64."""
+        return programs.sum_within(value, [self.plate], self.nesting, torch.float64)
 
     def axis(self, name: str) -> int:
         """The dimension of a latent site's value that is indexed by row, from the right."""
@@ -178,11 +193,11 @@ class Target:
         }
 
     def _args(self, rows: range) -> tuple[Any, ...]:
-        taken = slice(rows.start, rows.stop)
-        return tuple(
-            a[taken] if isinstance(a, Tensor) and a.dim() and len(a) == self.size else a
-            for a in self.arguments
-        )
+        return self._take(slice(rows.start, rows.stop))
+
+    def _take(self, rows: Any) -> tuple[Any, ...]:
+        pairs = zip(self.arguments, self.by_row, strict=True)
+        return tuple(a[rows] if by_row else a for a, by_row in pairs)
 
     def _probe(self, rows: range, num_draws: int) -> Run:
         """One run on the first rows; sites that the guide lacks draw from the model."""
@@ -190,25 +205,71 @@ class Target:
         with torch.random.fork_rng(), torch.no_grad():
             with explained("guide", pair.args, num_draws):
                 guide = {} if self.enumerate_all else pair.sites_at(self.guide, {})
+            data_plates(list(guide.items()), len(rows))  # a guide of other rows says so itself
             values = {name: site["value"] for name, site in guide.items()}
             with explained("model", pair.args, num_draws):
                 return Run(pair.sites_at(self.model, values), guide)
 
+    def _data_plate(self, sites: Sequence[tuple[str, Site]], rows: range) -> int:
+        """The plate that follows the rows, not one that happens to be as long as they are many."""
+        found = data_plates(sites, len(rows))
+        if len(found) > 1 and len(rows) > 1:
+            fewer = self._probe(rows[:-1], 1)
+            found &= data_plates([*fewer.model.items(), *fewer.guide.items()], len(rows) - 1)
+        plate = min(found)
+        check_subsampling(sites, plate)
+        return plate
+
+    def _check_rows_apart(self, rows: range, run: Run) -> None:
+        """Raise `SiteError` unless a row's density depends on the row and on z alone."""
+        values = {name: site["value"].unsqueeze(0) for name, site in run.latent}
+
+        def terms(part: range) -> dict[str, Tensor]:
+            """By site, `(1, rows)`."""
+            chosen = self.select(values, slice(part.start, part.stop), slice(0, 1))
+            pair = self.pair(part, 1)
+            with explained("model", pair.args, 1):
+                sites = pair.sites_at(self.model, {n: v.squeeze(0) for n, v in chosen.items()})
+                check_same_sites(sites, self.model_sites, "model", part)
+                return {
+                    name: self.within(kernels.log_prob(site)).expand(1, len(part))
+                    for name, site in sites.items()
+                }
+
+        with torch.random.fork_rng(), torch.no_grad():
+            once, again = terms(rows), terms(rows)
+            single = [terms(range(row, row + 1)) for row in rows]
+        apart = {name: torch.cat([part[name] for part in single], 1) for name in once}
+        check_alike(once, again, apart)
+
     def _measure(self) -> int:
-        """Memory that one (datum, draw) takes: its largest intermediate results together."""
+        """Memory that one more (datum, draw) takes: its largest intermediate results together.
+
+        What does not grow with their number (the encoded pseudo-inputs of a VampPrior) is left out.
+        """
+        few, more = self._sizes(1), self._sizes(2)
+        grown = [b - a for a, b in zip(few, more, strict=False)] if len(few) == len(more) else more
+        return max(1, sum(sorted(grown)[-4:]))
+
+    def _sizes(self, num: int) -> list[int]:
+        """Sizes of the intermediate results of the densities of `num` more pairs than one."""
+        draws = 1 if self.enumerate_all else 1 + num
+        pair = self.pair(range(min(1 + num, self.size) if self.enumerate_all else 1), draws)
         with torch.random.fork_rng(), torch.no_grad(), _Sizes() as sizes:
-            self.pair(range(1), 1).sites_at(self.model, {})
-        return sum(sorted(sizes.bytes)[-4:])
+            for site in pair.sites_at(self.model, {}).values():
+                kernels.log_prob(site)
+        return sizes.bytes
 
 
-class _Sizes(TorchDispatchMode):
-    """Notes the size of every new tensor."""
+class _Sizes(TorchFunctionMode):
+    """Notes the size of every new tensor. (A dispatch mode would see those within functions too,
+    and take seconds to import torch's compiler.)"""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: list[int] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         old = {_storage(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
         for tensor in tree_leaves(out):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_vae.errors import ConfigError
 from pyro_vae.training.loop import Tracker
 from pyro_vae.training.metrics import Row
 
@@ -26,16 +25,17 @@ def track_log_px(
         nats a datum, to the metrics of every `every`-th epoch.
 
     Raises:
-        ConfigError: `every` is less than 1.
+        ConfigError: `every` or `num_samples` is no whole number, or less than 1.
     """
-    if every < 1:
-        raise ConfigError(f"every must be at least 1, got {every}")
+    from pyro_vae.evidence import log_marginal
+    from pyro_vae.evidence.ground import at_least
+
+    at_least("every", every, 1)
+    at_least("num_samples", num_samples, 1)
 
     def track(epoch: int) -> Row:
         if epoch % every:
             return {}
-        from pyro_vae.evidence import log_marginal
-
         found = log_marginal(
             vae.model, vae.guide, x, num_samples=num_samples, seed=seed, progress=False
         )
