@@ -150,6 +150,18 @@ class TestTheUpdate:
         svi.step(x)
         assert torch.equal(new, before)
 
+    def test_a_gradient_that_was_there_counts(self) -> None:
+        svi, mine, twin, its, x = twins(Adam)
+        for optimizer in (mine, its):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+        pyro.set_rng_seed(0)
+        svi.step(x)
+        pyro.set_rng_seed(0)
+        twin(x).backward()
+        its.step()
+        same(flat(mine), flat(its))
+
     @pytest.mark.parametrize(
         "optimizer",
         [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_vae.compiled.guard import check_agreement, check_changes
-from pyro_vae.compiled.places import AnyPlace, Territory
+from pyro_vae.compiled.places import AnyPlace, Moment, Territory
 from pyro_vae.compiled.record import Recording, Run, gradients_of, preserved, record
 from pyro_vae.compiled.trace import trace
 
@@ -65,6 +65,10 @@ class Program:
         self._sources: list[Argument | AnyPlace] = [sources[i] for i in used]
         self.arguments = [n for n, s in enumerate(self._sources) if isinstance(s, Argument)]
         self._signatures = [signature(inputs[i]) for i in used]
+        self._moments = [
+            inputs[i] if isinstance(source, Moment) else None
+            for i, source in zip(used, self._sources, strict=True)
+        ]
         self._frozen = recording.frozen
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         self._wanted = [positions[id(t)] for t in wanted]
@@ -84,7 +88,10 @@ class Program:
             arguments[source.index] if isinstance(source, Argument) else source.get()
             for source in self._sources
         ]
-        for value, expected in zip(values, self._signatures, strict=True):
+        for value, moment, expected in zip(values, self._moments, self._signatures, strict=True):
+            # a parameter may change its layout and stay the object it is, a moment does not
+            if value is moment:
+                continue
             if not isinstance(value, Tensor) or signature(value) != expected:
                 return None
         return values

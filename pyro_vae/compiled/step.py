@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,41 +67,48 @@ class Step:
         backend: Backend,
         gradient_clip: float | None = None,
     ) -> None:
-        self.update = update
         self._computation = computation
+        self._update = update
+        self._territory = Territory(roots, update)
+        self._backend = backend
         self._gradient_clip = gradient_clip
-        self._fused = Fused(self._whole, Territory(roots, self.update), backend)
+        # by the options that a graph holds on to
+        self._fused: dict[tuple[Options, ...], Fused] = {}
         self._replayed = Replayed()
 
     @property
     def seconds(self) -> list[dict[str, float]]:
         """See `Fused.seconds`."""
-        return self._fused.seconds
+        return [seconds for fused in self._fused.values() for seconds in fused.seconds]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Taken | None:
-        """Take a step; None where the optimizer's parameters or state are not the graph's to
-        change, so that the step has to be taken otherwise."""
-        if not self.update.ready():
+        """Take a step; None where the optimizer has to take it by itself (`AdamUpdate.begin`), or
+        holds a parameter that the computation does not use any more."""
+        pending = self._update.begin()
+        if pending is None:
             return None
-        numbers, options = self.update.arguments()
-        numbers = numbers.to(self.update.device, non_blocking=True)
         with torch.enable_grad():
-            call = self._fused.prepare(numbers, options, args, kwargs)
+            call = self._graphs(pending.options).prepare(pending.numbers, *args, **kwargs)
         static, updated = call.program.static
-        inputs = {id(tensor) for tensor in call.inputs}
-        parameters = self.update.parameters()
-        if any(id(parameters[i]) not in inputs for i in updated):
+        inputs = set(map(id, call.inputs))
+        if any(id(pending.parameters[i]) not in inputs for i in updated):
             return None
         finite, *outputs = self._replayed(call)
         if finite.is_cuda or finite:  # a GPU is not waited for: there the count may run ahead
-            self.update.count(updated)
+            self._update.finish(pending, updated)
         return Taken(outputs, finite, static)
 
+    def _graphs(self, options: tuple[Options, ...]) -> Fused:
+        if options not in self._fused:
+            whole = partial(self._whole, options)
+            self._fused[options] = Fused(whole, self._territory, self._backend)
+        return self._fused[options]
+
     def _whole(
-        self, numbers: Tensor, options: list[Options], args: Any, kwargs: Any
+        self, options: tuple[Options, ...], numbers: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[list[Tensor], Any]:
         outputs, static = self._computation(*args, **kwargs)
-        parameters = self.update.parameters()
+        parameters = self._update.parameters()
         gradients = torch.autograd.grad(outputs[0], parameters, allow_unused=True)
         outputs = [output.detach() for output in outputs]
         with torch.no_grad():
@@ -111,6 +119,6 @@ class Step:
                 finite = finite & norm.isfinite()
                 factor = (self._gradient_clip / (norm + 1e-6)).clamp(max=1.0)
                 gradients = tuple(None if g is None else factor * g for g in gradients)
-            self.update.apply(gradients, numbers, options, finite)
+            self._update.apply(gradients, numbers, options, finite)
         updated = tuple(i for i, g in enumerate(gradients) if g is not None)
         return [finite, *outputs], (static, updated)

@@ -72,12 +72,11 @@ class CompiledSVI:
             NonFiniteError: the loss or its gradient is NaN or infinite. Parameters and the
                 optimizer's state are those from before the step.
         """
-        taken = None
-        if self._step is not None and not self._step.update.has_gradients():
-            taken = self._step(*args, **kwargs)
-        loss, finite = self._step_apart(*args, **kwargs) if taken is None else (
-            taken.outputs[0], taken.finite
-        )  # fmt: skip
+        taken = None if self._step is None else self._step(*args, **kwargs)
+        if taken is None:
+            loss, finite = self._step_apart(*args, **kwargs)
+        else:
+            loss, finite = taken.outputs[0], taken.finite
         if not finite:
             raise NonFiniteError(
                 f"the loss is {loss.item()}, or its gradient is not finite: no step was taken. "

@@ -6,7 +6,7 @@ Torch's own step costs a tenth of a millisecond of Python and passes over every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ from torch.optim import Adam, AdamW
 KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Options = tuple[float, float, float, float, bool]
+
+
+class Pending(NamedTuple):
+    """A step that an optimizer is ready for.
+
+    Attributes:
+        parameters: those that want a gradient, in the order of their groups.
+        counts: of the steps that each has taken, the optimizer's own tensors.
+        numbers: what changes from step to step, `(parameters, 3)`: the step size over the first
+            moment's correction, the root of the second's, and the share of decay.
+        options: what a graph may hold on to, a row a parameter: both betas, epsilon, decay, and
+            whether decay is decoupled from the gradient.
+    """
+
+    parameters: list[Tensor]
+    counts: list[Tensor]
+    numbers: Tensor
+    options: tuple[Options, ...]
 
 
 class AdamUpdate:
@@ -42,57 +60,48 @@ class AdamUpdate:
             for group in optimizer.param_groups
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters."""
-        return self._grouped()[0][1].device
+    def begin(self) -> Pending | None:
+        """The next step; the state is made where it is not yet there.
+
+        None where torch has to take it: a gradient is there already, to be added to; parameters
+        are on several devices; or steps are counted on a GPU, which would have to be waited for.
+        """
+        parameters, counts, rows, options = [], [], [], []
+        for group in self.optimizer.param_groups:
+            lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
+            frozen = (beta1, beta2, group["eps"], decay, group["decoupled_weight_decay"])
+            row, last = (0.0, 0.0, 0.0), -1.0
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                steps = self._state(parameter)["step"]
+                if parameter.grad is not None or steps.device.type != "cpu":
+                    return None
+                count = steps.item() + 1
+                if count != last:
+                    row, last = (
+                        (lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, lr * decay),
+                        count,
+                    )
+                parameters.append(parameter)
+                counts.append(steps)
+                rows.append(row)
+                options.append(frozen)
+        if len({parameter.device for parameter in parameters}) != 1:
+            return None
+        numbers = torch.tensor(rows, dtype=torch.float64)
+        if parameters[0].device.type != "cpu":
+            numbers = numbers.to(parameters[0].device, non_blocking=True)
+        return Pending(parameters, counts, numbers, tuple(options))
 
     def parameters(self) -> list[Tensor]:
         """Those that want a gradient, in the order of their groups."""
-        return [p for _, p in self._grouped()]
-
-    def has_gradients(self) -> bool:
-        """Whether some parameter holds a gradient already, which a step would have to add to."""
-        return any(parameter.grad is not None for parameter in self.parameters())
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def moved(self) -> dict[int, Tensor]:
         """The first moment of each parameter, by the identity of the parameter."""
-        return {id(p): self.optimizer.state[p][MOMENTS[0]] for p in self.parameters()}
-
-    def ready(self) -> bool:
-        """Whether all is on one device, and the state there, made now where it is not, its counts
-        being such as can be read without waiting for a GPU."""
-        grouped = self._grouped()
-        if len({parameter.device for _, parameter in grouped}) != 1:
-            return False
-        for _, parameter in grouped:
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.get_default_dtype())
-                for name in MOMENTS:
-                    state[name] = torch.zeros_like(
-                        parameter, memory_format=torch.preserve_format, requires_grad=False
-                    )
-            if state["step"].device.type != "cpu":
-                return False
-        return True
-
-    def arguments(self) -> tuple[Tensor, list[Options]]:
-        """What `apply` needs for the next step: numbers that change from step to step, and options
-        that a graph may hold on to.
-
-        Returns:
-            For each parameter the step size over the first moment's correction, the root of the
-            second's, and the share of decay, `(parameters, 3)`; and both betas, epsilon, decay, and
-            whether decay is decoupled from the gradient.
-        """
-        rows, options = [], []
-        for group, parameter in self._grouped():
-            count = self.optimizer.state[parameter]["step"].item() + 1
-            lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
-            rows.append((lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, lr * decay))
-            options.append((beta1, beta2, group["eps"], decay, group["decoupled_weight_decay"]))
-        return torch.tensor(rows, dtype=torch.float64), options
+        return {id(p): self._state(p)[MOMENTS[0]] for p in self.parameters()}
 
     @torch.no_grad()
     def apply(
@@ -120,15 +129,19 @@ class AdamUpdate:
             for held, new in ((parameter, p), (first, m), (second, v)):
                 held.copy_(torch.where(finite, new, held))
 
-    def count(self, updated: Sequence[int]) -> None:
-        """Say that these parameters, by number, have taken a step."""
-        parameters = self.parameters()
-        torch._foreach_add_([self.optimizer.state[parameters[i]]["step"] for i in updated], 1)
+    def finish(self, pending: Pending, updated: Sequence[int]) -> None:
+        """Say that these parameters, by number, have taken the step."""
+        for i in updated:
+            pending.counts[i].add_(1)
+        # torch's schedulers ask whether a step was taken
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
-    def _grouped(self) -> list[tuple[dict[str, Any], Tensor]]:
-        return [
-            (group, p)
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-            if p.requires_grad
-        ]
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.get_default_dtype())
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(
+                    parameter, memory_format=torch.preserve_format, requires_grad=False
+                )
+        return state
