@@ -14,7 +14,6 @@ part where it is installed. Memory: see `benchmarks.evidence_whole`.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from benchmarks import report
+from benchmarks import pythae_peer, report
 from benchmarks.mnist import BATCH, LATENT, make_vae
 from pyro_vae.evidence import Settings
 
@@ -114,30 +113,8 @@ def pyro_weights(vae: pv.VAE, x: Tensor, num_samples: int) -> Found:
 
 def pythae_nll(vae: pv.VAE, x: Tensor, num_samples: int) -> Found:
     """pythae's `VAE.get_nll` with the same networks; it tells the mean over data only."""
-    from pythae.models import VAE, VAEConfig
-    from pythae.models.base.base_utils import ModelOutput
-    from pythae.models.nn import BaseDecoder, BaseEncoder
-
-    class Encoder(BaseEncoder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = vae.posterior.network
-
-        def forward(self, x: Tensor) -> Any:
-            loc, log_variance = self.net(x.reshape(len(x), -1)).chunk(2, -1)
-            return ModelOutput(embedding=loc, log_covariance=log_variance)
-
-    class Decoder(BaseDecoder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = vae.likelihood.network
-
-        def forward(self, z: Tensor) -> Any:
-            return ModelOutput(reconstruction=self.net(z).sigmoid().reshape(-1, 1, 28, 28))
-
-    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=LATENT, reconstruction_loss="bce")
-    model = VAE(config, encoder=Encoder(), decoder=Decoder()).to(x.device)
-    model.get_nll(x.reshape(-1, 1, 28, 28), n_samples=num_samples, batch_size=num_samples)
+    model = pythae_peer.model(vae.posterior.network, vae.likelihood.network, LATENT).to(x.device)
+    model.get_nll(pythae_peer.images(x), n_samples=num_samples, batch_size=num_samples)
     return None
 
 
@@ -167,7 +144,7 @@ def race(
 ) -> dict[str, Any]:
     """Microseconds a pair, the ratio to the bare products, and the error each is worth."""
     ways, now = dict(WAYS), clock(x.device.type)
-    if importlib.util.find_spec("pythae") is None:
+    if not pythae_peer.is_installed():
         del ways["pythae's get_nll"]
     if x.device.type != "cpu":
         del ways["the same by oneDNN"]

@@ -29,7 +29,7 @@ from torch import Tensor
 import pyro_vae as pv
 from benchmarks import report
 from pyro_vae.seeding import derive, seeded
-from pyro_vae.training.loop import MeanTerms
+from pyro_vae.training.mean_terms import MeanTerms
 
 COMMAND = "python -m benchmarks.fit_overhead"
 FEATURES, HIDDEN, LATENT, BATCH = 784, [200, 200], 50, 128

@@ -19,43 +19,15 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pythae.data.datasets import BaseDataset
-from pythae.models import VAE, VAEConfig
-from pythae.models.base.base_utils import ModelOutput
-from pythae.models.nn import BaseDecoder, BaseEncoder
-from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from benchmarks import report
+from benchmarks import pythae_peer, report
 from pyro_vae.seeding import seeded
 
 COMMAND = "python -m benchmarks.fit_throughput"
 FEATURES, HIDDEN, LATENT, BATCH = 784, [400], 20, 128
 PEER, WAYS = "pythae", {"fit": False, "fit, compiled": True}
-
-
-class Encoder(BaseEncoder):  # type: ignore[misc]
-    """Our encoder network, as pythae calls it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Any:
-        loc, log_variance = self.network(x.reshape(len(x), -1)).chunk(2, -1)
-        return ModelOutput(embedding=loc, log_covariance=log_variance)
-
-
-class Decoder(BaseDecoder):  # type: ignore[misc]
-    """Our decoder network, as pythae calls it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, z: Tensor) -> Any:
-        return ModelOutput(reconstruction=self.network(z).sigmoid().reshape(-1, 1, 28, 28))
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -69,11 +41,12 @@ def networks() -> tuple[nn.Module, nn.Module]:
 
 def pythae_epoch(x: Tensor) -> Callable[[int], Any]:
     """An epoch of pythae's trainer."""
-    encoder, decoder = networks()
-    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=LATENT, reconstruction_loss="bce")
+    from pythae.data.datasets import BaseDataset
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
     trainer = BaseTrainer(
-        model=VAE(config, encoder=Encoder(encoder), decoder=Decoder(decoder)),
-        train_dataset=BaseDataset(x.reshape(-1, 1, 28, 28), torch.zeros(len(x))),
+        model=pythae_peer.model(*networks(), LATENT),
+        train_dataset=BaseDataset(pythae_peer.images(x), torch.zeros(len(x))),
         training_config=BaseTrainerConfig(
             per_device_train_batch_size=BATCH, learning_rate=1e-3,
             no_cuda=not torch.cuda.is_available(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from pyro_vae.provenance import versions
 
+ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -30,16 +32,23 @@ def write(name: str, command: str, results: Any, figure: Figure | None = None) -
     """Write `results/NAME.json`, and `results/NAME.png` where there is a figure.
 
     Args:
-        command: that makes these results, as it stands in the README.
+        command: that makes these results; the options that it was given are added to it, and what
+            was set of `ENVIRONMENT`.
         results: plain JSON.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    report = {"command": command, "machine": machine(), "results": results}
+    report = {"command": _in_full(command), "machine": machine(), "results": results}
     path.write_text(json.dumps(report, indent=2) + "\n")
     if figure is not None:
         figure.savefig(RESULTS / f"{name}.png", dpi=150, bbox_inches="tight")
     return path
+
+
+def _in_full(command: str) -> str:
+    variables = [f"{v}={os.environ[v]}" for v in ENVIRONMENT if v in os.environ]
+    options = [option for option in sys.argv[1:] if option not in command.split()]
+    return " ".join([*(v for v in variables if v not in command), command, *options])
 
 
 def read(name: str) -> dict[str, Any]:

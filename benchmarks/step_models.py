@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from benchmarks import pythae_peer
 
 Step = Callable[[], float]
 PIXELS, LEARNING_RATE = 784, 1e-3
@@ -28,12 +29,14 @@ class Case:
         args: of a step.
         objective: what is compiled.
         pyro: Pyro's own objectives for it.
+        samples: z of a datum, where pythae has the model too.
     """
 
     pair: Callable[[], tuple[Any, Any, nn.Module, Callable[..., Tensor]]]
     args: tuple[Tensor, ...]
     objective: pv.objectives.Objective
     pyro: dict[str, Any]
+    samples: int | None = None
 
 
 def cases() -> dict[str, Case]:
@@ -44,15 +47,15 @@ def cases() -> dict[str, Case]:
     torch.manual_seed(0)
     return {
         "MLP 784-400-20, batch 128": Case(
-            lambda: _mlp_vae([400], 20, 1), (_images(128),), pv.ELBO(), pyro_elbos
+            lambda: _mlp_vae([400], 20, 1), (_images(128),), pv.ELBO(), pyro_elbos, 1
         ),
         "IWAE 784-200-200-50, batch 20, k = 1": Case(
-            deep(1), (_images(20),), pv.IWAE(1), pyro_elbos
+            deep(1), (_images(20),), pv.IWAE(1), pyro_elbos, 1
         ),
         "IWAE 784-200-200-50, batch 20, k = 50": Case(
-            deep(50), (_images(20),), pv.IWAE(50), {"RenyiELBO": renyi}
+            deep(50), (_images(20),), pv.IWAE(50), {"RenyiELBO": renyi}, 50
         ),
-        "convolutions 32-64, batch 128": Case(_conv_vae, (_images(128),), pv.ELBO(), pyro_elbos),
+        "convolutions 32-64, batch 128": Case(_conv_vae, (_images(128),), pv.ELBO(), pyro_elbos, 1),
         "Bayesian regression, AutoNormal": Case(
             _regression, _regression_data(), pv.ELBO("auto"), pyro_elbos
         ),
@@ -90,6 +93,26 @@ def by_hand(case: Case, compile: bool) -> Step:
     def step() -> float:
         value = loss(*case.args)
         optim.zero_grad()
+        value.backward()
+        optim.step()
+        return value.item()
+
+    return step
+
+
+def pythae(case: Case) -> Step:
+    """What pythae's trainer does with a batch, by its default optimizer, Adam."""
+    assert case.samples is not None
+    _, _, vae, _ = case.pair()
+    encoder, decoder = vae.posterior.network, vae.likelihood.network
+    latent = vae.prior.loc.shape[-1]
+    model = pythae_peer.model(encoder, decoder, latent, case.samples)
+    optim = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    batch = {"data": pythae_peer.images(case.args[0])}
+
+    def step() -> float:
+        optim.zero_grad()
+        value = model(batch).loss
         value.backward()
         optim.step()
         return value.item()

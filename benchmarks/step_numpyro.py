@@ -3,7 +3,7 @@
     python benchmarks/step_numpyro.py NAME
 
 Answers each line `update N` or `fori_loop N` on standard input with the seconds that N steps took.
-It imports nothing of this project: run it by a Python that has NumPyro.
+It imports nothing of this project, so that no PyTorch is in its process.
 """
 
 from __future__ import annotations

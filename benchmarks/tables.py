@@ -246,6 +246,26 @@ def train_step(report: dict[str, Any]) -> str:
     return table(["model", "compiled", *(f"over {peer}" for peer in peers)], rows)
 
 
+def start_up(report: dict[str, Any]) -> str:
+    """`benchmarks.train_step`: what comes before the first compiled step, and the memory."""
+    found, imports = report["results"], report["results"]["import_seconds"]
+    rows = [
+        [
+            state.replace("_", " "),
+            f"{row['trace']:.1f} s" if "trace" in row else "–",
+            f"{row['compile']:.1f} s" if "compile" in row else "–",
+            f"{row['first_step']:.1f} s",
+            f"{row['peak_mb']:.0f} MB",
+        ]
+        for state, row in found["first_step"].items()
+    ]
+    rows.append(
+        [f"`import pyro_vae`, {imports['ratio']:.2f} of `import pyro`", "–", "–",
+         f"{imports['pyro_vae']:.1f} s", "–"]
+    )  # fmt: skip
+    return table([found["model"], "tracing", "compiling", "first step in all", "peak memory"], rows)
+
+
 def fit_throughput(report: dict[str, Any]) -> str:
     """`benchmarks.fit_throughput`: training samples a second."""
     found = report["results"]

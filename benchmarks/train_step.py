@@ -1,12 +1,13 @@
-"""One training step: compiled, beside Pyro, PyTorch by hand, and NumPyro.
+"""One training step: compiled, beside Pyro, PyTorch by hand, NumPyro, and pythae.
 
-    python -m benchmarks.train_step [--numpyro-python PATH]
+    python -m benchmarks.train_step        # with NumPyro and pythae installed
 
 Every contender takes a few steps in its turn, round after round, NumPyro in a process of its own
 that sleeps in between; reported are medians over the rounds, the fastest rounds, and the medians of
 the ratios within a round. All full fp32, all reading the loss at every step, except NumPyro's
-`fori_loop`. Also reported: what the first compiled step takes, with an empty compilation cache and
-with one on disk, the peak memory, and the import time of `pyro_vae` against `import pyro`.
+`fori_loop`. NumPyro and pythae take part where they are installed. Also reported: what the first
+compiled step takes, with an empty compilation cache and with one on disk, the peak memory, and the
+import time of `pyro_vae` against `import pyro`.
 
 The threads of PyTorch spin while they wait, which on a machine with other work costs milliseconds:
 there, set GOMP_SPINCOUNT=0. The load average stands in the results.
@@ -15,6 +16,7 @@ there, set GOMP_SPINCOUNT=0. The load average stands in the results.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -29,20 +31,23 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import report, step_models
+from benchmarks import pythae_peer, report, step_models
 
-COMMAND = "python -m benchmarks.train_step --numpyro-python PATH"
+COMMAND = "python -m benchmarks.train_step"
 OURS = "compiled"
-COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", OURS: "C0"}
+COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", "pythae": "C4", OURS: "C0"}
 
 
 class NumPyro:
     """The NumPyro process of one model."""
 
-    def __init__(self, python: str, name: str) -> None:
+    def __init__(self, name: str) -> None:
         script = Path(__file__).with_name("step_numpyro.py")
         self.process = subprocess.Popen(
-            [python, str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(script), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._answer()
 
@@ -65,7 +70,7 @@ class NumPyro:
         return answer
 
 
-def measure(name: str, rounds: int, seconds: float, numpyro: str | None) -> dict[str, Any]:
+def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     """Milliseconds a step of every contender, and its ratio to ours."""
     case = step_models.cases()[name]
     steps = {OURS: step_models.compiled(case)}
@@ -75,8 +80,10 @@ def measure(name: str, rounds: int, seconds: float, numpyro: str | None) -> dict
     steps |= {f"Pyro {kind}": step_models.pyro_svi(case, loss) for kind, loss in case.pyro.items()}
     steps["PyTorch by hand"] = step_models.by_hand(case, compile=False)
     steps["PyTorch by hand, torch.compile"] = step_models.by_hand(case, compile=True)
+    if case.samples is not None and pythae_peer.is_installed():
+        steps["pythae"] = step_models.pythae(case)
     timers: dict[str, Callable[[int], float]] = {n: _timer(step) for n, step in steps.items()}
-    process = NumPyro(numpyro, name) if numpyro and _numpyro_has(name) else None
+    process = NumPyro(name) if _numpyro_has(name) else None
     if process is not None:
         timers["NumPyro jitted update"] = lambda n: process.seconds("update", n)
         timers["NumPyro fori_loop"] = lambda n: process.seconds("fori_loop", n)
@@ -117,7 +124,8 @@ def _timer(step: step_models.Step) -> Callable[[int], float]:
 
 
 def _numpyro_has(name: str) -> bool:
-    return f'"{name}"' in Path(__file__).with_name("step_numpyro.py").read_text()
+    script = Path(__file__).with_name("step_numpyro.py")
+    return importlib.util.find_spec("numpyro") is not None and f'"{name}"' in script.read_text()
 
 
 def start_up(name: str) -> dict[str, dict[str, float]]:
@@ -189,25 +197,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=0.03, help="of a contender's turn")
-    parser.add_argument("--numpyro-python", help="a Python that has NumPyro")
     options = parser.parse_args()
     models = {}
     for name in step_models.cases():
         torch.manual_seed(0)
-        models[name] = measure(name, options.rounds, options.seconds, options.numpyro_python)
+        models[name] = measure(name, options.rounds, options.seconds)
         print(
             name, *(f"{v:9.2f} ms  {n}" for n, v in models[name]["milliseconds"].items()), sep="\n"
         )
-    first = next(iter(models))
-    results = {
-        "models": models,
-        "cuda": "not measured",
-        "start_up": {first: start_up(first)},
-        "import_seconds": import_time(),
-    }
-    results["load_average"] = os.getloadavg()[0]
-    results["spin_count"] = os.environ.get("GOMP_SPINCOUNT", "default")
+    results = {"models": models, "load_average": os.getloadavg()[0]}
     report.write("train_step", COMMAND, results, plot(models))
+    first = next(iter(models))
+    results = {"model": first, "first_step": start_up(first), "import_seconds": import_time()}
+    report.write("start_up", COMMAND, results)
 
 
 if __name__ == "__main__":

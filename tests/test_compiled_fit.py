@@ -1,13 +1,17 @@
 """`fit(compile=...)`: the same draws and the same weights as without, or a word on why not."""
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_helpers import binary_data, small_vae
+from torch import Tensor, nn
+from training_helpers import binary, binary_data, identical, small_vae, without_time
 
 import pyro_vae as pv
-from pyro_vae.errors import CompileError
+from pyro_vae.compiled import backend
+from pyro_vae.errors import CompileError, NonFiniteError
 from pyro_vae.schedules import Warmup
 
 
@@ -44,3 +48,86 @@ def test_what_cannot_be_compiled_is_an_error_or_a_warning() -> None:
         pv.fit(vae, binary_data(), compile=True, **options)
     with pytest.warns(UserWarning, match="without compiling"):
         pv.fit(vae, binary_data(), compile="auto", **options)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are run operation by operation, which needs no compiler and no time."""
+    monkeypatch.setattr(backend, "inductor", lambda graph, _: graph)
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestOneGraphAStep:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"gradient_clip": 0.5},
+            {"gradient_clip": 1e-4, "kl_schedule": Warmup(6)},
+            {"optimizer": lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.5)},
+            {"optimizer": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9)},
+            {"scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.3)},
+            {"objective": pv.IWAE(3, "dreg"), "precision": "64-true"},
+        ],
+        ids=["clip", "clip hard", "AdamW", "SGD", "scheduler", "IWAE"],
+    )
+    def test_it_ends_at_the_eager_weights(self, options: dict[str, Any]) -> None:
+        runs = []
+        for compile in (False, True):
+            vae = small_vae()
+            run = pv.fit(
+                vae, binary_data(dynamic=True), epochs=3, batch_size=20, compile=compile,
+                device="cpu", **options,
+            )  # fmt: skip
+            runs.append((vae.state_dict(), run.metrics))
+        (eager, eager_rows), (fused, fused_rows) = runs
+        for name, value in eager.items():
+            torch.testing.assert_close(fused[name], value, rtol=1e-9, atol=1e-11)
+        assert fused_rows[-1]["train_loss"] == pytest.approx(eager_rows[-1]["train_loss"])
+
+    def test_it_resumes_bit_for_bit(self, tmp_path: Path) -> None:
+        options = {"batch_size": 20, "compile": True, "device": "cpu", "patience": 9}
+        whole = small_vae()
+        straight = pv.fit(whole, binary_data(dynamic=True), epochs=4, **options)
+        parts = [small_vae(), small_vae(seed=1)]
+        out = tmp_path / "run"
+        pv.fit(parts[0], binary_data(dynamic=True), epochs=2, out=out, **options)
+        run = pv.fit(
+            parts[1], binary_data(dynamic=True), epochs=4, out=out, resume=True, **options
+        )  # fmt: skip
+        assert identical(parts[1], whole)
+        assert without_time(run.metrics) == without_time(straight.metrics)
+
+    @pytest.mark.parametrize(
+        ("effect", "message"),
+        [
+            (lambda h, w, sound: h / sound, r"loss became NaN or infinite at step .*site \"z\""),
+            (
+                lambda h, w, sound: h + (w.square() * sound).sqrt() - w.abs() * sound,
+                r'the gradient of "guide.posterior.network.w" became NaN .* though the loss is fin',
+            ),
+        ],
+        ids=["loss", "gradient"],
+    )
+    def test_what_is_not_finite_reaches_no_weight(
+        self, effect: Any, message: str, tmp_path: Path
+    ) -> None:
+        vae = small_vae()
+        vae.posterior.network = Poisoned(vae.posterior.network, effect)
+        x = binary(48)
+        x[7] = 1.0
+        with pytest.raises(NonFiniteError, match=message):
+            pv.fit(vae, x, epochs=2, batch_size=8, compile=True, device="cpu", out=tmp_path / "run")
+        assert all(p.isfinite().all() for p in vae.parameters())
+
+
+class Poisoned(nn.Module):
+    """Wraps an encoder; something happens to what it says of a row of ones."""
+
+    def __init__(self, network: nn.Module, effect: Any) -> None:
+        super().__init__()
+        self.network, self.effect = network, effect
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sound = (x.mean(-1, keepdim=True) < 1).to(x.dtype)
+        return self.effect(self.network(x), self.w, sound)

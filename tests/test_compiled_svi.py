@@ -80,7 +80,7 @@ class TestAgainstPyro:
 
 class TestTheOptimizer:
     @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-    def test_a_torch_optimizer_steps_fused_as_it_would(self, kind: Any) -> None:
+    def test_a_torch_optimizer_steps_as_it_would(self, kind: Any) -> None:
         outcomes = []
         for compiled in (False, True):
             pyro.set_rng_seed(0)
@@ -91,7 +91,8 @@ class TestTheOptimizer:
                 svi = pv.CompiledSVI(model, guide, optim, loss.elbo, backend="eager")
                 pyro.set_rng_seed(3)
                 outcomes.append(torch.tensor([svi.step(x) for _ in range(5)]))
-                assert all(group["fused"] for group in optim.param_groups)
+                # the update of Adam and AdamW is in the graph
+                assert optim.param_groups[0]["fused"] is (True if kind is torch.optim.SGD else None)
                 continue
             pyro.set_rng_seed(3)
             values = []
@@ -107,7 +108,7 @@ class TestTheOptimizer:
     def test_the_users_choice_stands(self) -> None:
         model, guide, _ = vae()
         for option in ("fused", "foreach"):
-            optim = torch.optim.Adam(model.parameters(), **{option: False})
+            optim = torch.optim.SGD(model.parameters(), 0.1, **{option: False})
             pv.CompiledSVI(model, guide, optim, pv.ELBO())
             assert not optim.param_groups[0]["fused"]
 

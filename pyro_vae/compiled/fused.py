@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -61,14 +61,10 @@ class Fused:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Any]:
         """The computation's tensors, the first differentiable, and its static rest."""
-        results = self.run(*args, **kwargs)
-        first, *rest = results.outputs
-        if results.wanted and torch.is_grad_enabled():
-            first = _Differentiable.apply((first, results.gradients), *results.wanted)
-        return [first, *rest], results.static
+        return self.prepare(*args, **kwargs).differentiable()
 
-    def run(self, *args: Any, **kwargs: Any) -> Results:
-        """The computation's tensors, detached, and the gradients of the first."""
+    def prepare(self, *args: Any, **kwargs: Any) -> Call:
+        """The compiled program for these arguments, made if there is none, and its inputs."""
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (structure, tuple(map(_describe, leaves)), _surroundings())
@@ -76,12 +72,12 @@ class Fused:
         for program in programs:
             inputs = program.inputs(tensors)
             if inputs is not None:
-                return program(inputs)
+                return Call(program, inputs)
         program = self._compile(leaves, structure)
         programs.insert(0, program)
         inputs = program.inputs(tensors)
         assert inputs is not None
-        return program(inputs)
+        return Call(program, inputs)
 
     def _compile(self, leaves: list[Any], structure: Any) -> Program:
         if _PYRO_STACK:
@@ -116,6 +112,43 @@ class Fused:
                 stacklevel=2,
             )
         return program
+
+
+class Call(NamedTuple):
+    """A compiled program with its inputs as they are now."""
+
+    program: Program
+    inputs: list[Tensor]
+
+    def run(self) -> Results:
+        """The computation's tensors, detached, and the gradients of the first."""
+        return self.program(self.inputs)
+
+    def differentiable(self) -> tuple[list[Tensor], Any]:
+        """The computation's tensors, the first differentiable, and its static rest."""
+        results = self.run()
+        first, *rest = results.outputs
+        if results.wanted and torch.is_grad_enabled():
+            first = _Differentiable.apply((first, results.gradients), *results.wanted)
+        return [first, *rest], results.static
+
+    def given(self, arguments: Sequence[Tensor]) -> Call:
+        """The same call of other arguments."""
+        inputs = list(self.inputs)
+        for position, argument in zip(self.program.arguments, arguments, strict=True):
+            inputs[position] = argument
+        return Call(self.program, inputs)
+
+    @property
+    def arguments(self) -> list[Tensor]:
+        """The inputs that were handed to the call."""
+        return [self.inputs[position] for position in self.program.arguments]
+
+    @property
+    def captured(self) -> list[Tensor]:
+        """The inputs that the program found by itself: parameters, buffers, numbers."""
+        handed = set(self.program.arguments)
+        return [tensor for i, tensor in enumerate(self.inputs) if i not in handed]
 
 
 @contextmanager

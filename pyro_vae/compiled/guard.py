@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from pyro_vae.compiled.record import Change
 from pyro_vae.errors import CompileError
 
 
@@ -32,12 +33,54 @@ def check_agreement(what: str, fused: Sequence[Tensor], eager: Sequence[Tensor])
                 f"but {e.dtype} of shape {tuple(e.shape)} eagerly"
             )
         eps = _resolution(e.dtype)
-        distance, allowed = _norm(f - e), eps**0.5 * _norm(e) + 100 * eps * total
+        distance, allowed = _norm(f.double() - e.double()), eps**0.5 * _norm(e) + 100 * eps * total
         if _norm(e).isfinite() and not distance <= allowed:
             raise CompileError(
                 f"compiled and eager {what} differ on the same draws: number {i}, of shape "
                 f"{tuple(e.shape)}, by {distance.item():.3g} where {allowed.item():.3g} is "
                 "rounding. Run without compiling, and please report the model"
+            )
+
+
+def check_changes(
+    fused: Sequence[Change], eager: Sequence[Change], moved: Mapping[int, Tensor]
+) -> None:
+    """Raise unless both runs changed the same tensors to the same values, up to rounding.
+
+    Adam moves a parameter by about its step size however small the gradient, so where the true
+    gradient is zero its rounding decides which way. A parameter's difference is therefore weighed
+    by its first moment, and allowed in proportion to its move, to the rounding of all moves, and to
+    that of the result.
+
+    Args:
+        moved: the first moment of each parameter that an update moves, by the identity of the
+            parameter.
+
+    Raises:
+        CompileError: they differ.
+    """
+    before = {id(c.tensor): c.before for c in (*eager, *fused)}
+    ours = before | {id(c.tensor): c.after for c in fused}
+    theirs = before | {id(c.tensor): c.after for c in eager}
+    others = [key for key in before if key not in moved]
+    check_agreement("buffers", [ours[key] for key in others], [theirs[key] for key in others])
+    weighed = [
+        (ours[key], theirs[key], before[key], theirs.get(id(moved[key]), moved[key]).abs())
+        for key in before
+        if key in moved
+    ]
+    moves = [_norm((e - b) * weight) for _, e, b, weight in weighed]
+    total = torch.stack(moves).norm() if moves else torch.zeros(())
+    for (f, e, _, weight), move in zip(weighed, moves, strict=True):
+        eps = _resolution(weight.dtype)
+        distance = _norm((f - e) * weight)
+        allowed = eps**0.5 * move + 100 * eps * (total + _norm(e * weight))
+        if move.isfinite() and not distance <= allowed:
+            raise CompileError(
+                "compiled and eager updates differ on the same draws: a parameter of shape "
+                f"{tuple(weight.shape)}, by {distance.item():.3g} where {allowed.item():.3g} is "
+                "rounding (weighed by its first moment). Run without compiling, and please report "
+                "the model"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from pyro.infer import ELBO
@@ -11,7 +12,7 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
 from pyro_vae.compiled.backend import resolve
-from pyro_vae.compiled.fused import Fused
+from pyro_vae.compiled.fused import Call, Computation, Fused
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend
 from pyro_vae.errors import CompileError, ConfigError
@@ -87,6 +88,15 @@ def fuse_loss(
     objective: Any, model: Program, guide: Program, backend: str | Backend = "inductor"
 ) -> Fused:
     """The differentiable loss alone, compiled; of an objective, or of a function of the pair."""
+    return _fuse(loss_of(objective, model, guide), objective, model, guide, backend)
+
+
+def loss_of(objective: Any, model: Program, guide: Program) -> Computation:
+    """The loss of a pair by an objective, or by a function of the pair, as a computation.
+
+    Raises:
+        ConfigError: the objective has no differentiable loss.
+    """
     if isinstance(objective, ELBO) and not hasattr(objective, "differentiable_loss"):
         raise ConfigError(
             f"{type(objective).__name__} has no differentiable_loss, so it cannot be compiled"
@@ -96,7 +106,7 @@ def fuse_loss(
     def computation(*args: Any, **kwargs: Any) -> tuple[list[Tensor], None]:
         return [loss(model, guide, *args, **kwargs)], None
 
-    return _fuse(computation, objective, model, guide, backend)
+    return computation
 
 
 def terms(
@@ -105,40 +115,48 @@ def terms(
     guide: Program,
     compile: bool | Literal["auto"] = "auto",
     backend: str | Backend = "inductor",
-) -> Callable[..., Terms]:
+) -> CompiledTerms:
     """`objective.terms(model, guide, ...)` as a function of the programs' arguments, compiled.
-
-    The loss is differentiable, the other terms are numbers to report (detached).
 
     Args:
         compile: `True` raises what stands in the way of compiling; `"auto"` then warns once and
             goes on eagerly; `False` is eager.
         backend: see `compile`.
     """
+    fused = fuse_terms(objective, model, guide, backend) if compile else None
+    return CompiledTerms(partial(objective.terms, model, guide), fused, strict=compile is True)
 
-    def eager(*args: Any, **kwargs: Any) -> Terms:
-        return objective.terms(model, guide, *args, **kwargs)
 
-    if compile is False:
-        return eager
-    fused = fuse_terms(objective, model, guide, backend)
-    failed = False
+class CompiledTerms:
+    """A function that returns `Terms`: the loss differentiable, all else numbers to report.
 
-    def compiled(*args: Any, **kwargs: Any) -> Terms:
-        nonlocal failed
-        if failed:
-            return eager(*args, **kwargs)
+    Args:
+        eager: what it computes.
+        fused: the same, compiled; None to run eagerly.
+        strict: raise `CompileError` rather than warn once and run eagerly.
+    """
+
+    def __init__(self, eager: Callable[..., Terms], fused: Fused | None, strict: bool) -> None:
+        self._eager, self._fused, self._strict = eager, fused, strict
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Terms:
+        call = self.prepare(*args, **kwargs)
+        if call is None:
+            return self._eager(*args, **kwargs)
+        return unpack(*call.differentiable())
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Call | None:
+        """The compiled call; None where it runs eagerly."""
+        if self._fused is None:
+            return None
         try:
-            outputs, names = fused(*args, **kwargs)
+            return self._fused.prepare(*args, **kwargs)
         except CompileError as error:
-            if compile is True:
+            if self._strict:
                 raise
-            failed = True
-            warnings.warn(f"running without compiling: {error}", stacklevel=2)
-            return eager(*args, **kwargs)
-        return unpack(outputs, names)
-
-    return compiled
+            self._fused = None
+            warnings.warn(f"running without compiling: {error}", stacklevel=3)
+            return None
 
 
 def fuse_terms(

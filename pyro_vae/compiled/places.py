@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import pyro
 from pyro.infer import ELBO
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyro_vae.compiled.update import MOMENTS, AdamUpdate
 
 # what a graph freezes: Python values that a program can branch on or compute with
 CONSTANTS = (bool, int, float, complex, str, type(None))
@@ -57,7 +60,20 @@ class Held(NamedTuple):
         return self.tensor
 
 
-AnyPlace = Place | CellPlace | Held
+class Moment(NamedTuple):
+    """A tensor in an optimizer's state."""
+
+    optimizer: Optimizer
+    parameter: Tensor
+    key: str
+    label: str
+
+    def get(self) -> Any:
+        """What the optimizer keeps of the parameter now."""
+        return self.optimizer.state.get(self.parameter, {}).get(self.key)
+
+
+AnyPlace = Place | CellPlace | Held | Moment
 
 
 class Territory:
@@ -66,9 +82,11 @@ class Territory:
     Args:
         roots: named modules, functions and objectives. From them the search follows submodules,
             closures, and the globals that functions name, but enters no list or dictionary.
+        update: that ends the programs' run, whose parameters and moments may change.
     """
 
-    def __init__(self, roots: Mapping[str, Any]) -> None:
+    def __init__(self, roots: Mapping[str, Any], update: AdamUpdate | None = None) -> None:
+        self.update = update
         self.modules: dict[nn.Module, str] = {}
         self._places: list[AnyPlace] = []
         self._seen: set[int] = set()
@@ -109,6 +127,27 @@ class Territory:
         store = pyro.get_param_store()
         for key in store.keys():  # noqa: SIM118
             yield Place(store, "_params", key, f'pyro.param("{key}")')
+        yield from self._moments()
+
+    def changing(self) -> list[tuple[Tensor, AnyPlace]]:
+        """The tensors that a run may change: the modules' buffers, and what the update updates."""
+        places: list[AnyPlace] = [
+            Place(module, "_buffers", key, f"{label}.{key}")
+            for module, label in self.modules.items() for key in module._buffers
+        ]  # fmt: skip
+        if self.update is not None:
+            places += [Held(p, "a parameter") for p in self.update.parameters()]
+            places += self._moments()
+        return [(held, p) for p in places if isinstance(held := p.get(), Tensor)]
+
+    def _moments(self) -> list[Moment]:
+        if self.update is None:
+            return []
+        optimizer = self.update.optimizer
+        return [
+            Moment(optimizer, p, key, f"the optimizer's {key}")
+            for p in self.update.parameters() for key in MOMENTS
+        ]  # fmt: skip
 
     def _visit_module(self, module: nn.Module, label: str) -> None:
         for name, part in module.named_modules():

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_vae.compiled.guard import check_agreement
-from pyro_vae.compiled.places import AnyPlace, Territory
+from pyro_vae.compiled.guard import check_agreement, check_changes
+from pyro_vae.compiled.places import AnyPlace, Moment, Territory
 from pyro_vae.compiled.record import Recording, Run, gradients_of, preserved, record
 from pyro_vae.compiled.trace import trace
 
@@ -40,6 +40,7 @@ class Program:
     """A compiled graph with the places of its inputs.
 
     Attributes:
+        arguments: which of the graph's inputs are arguments of the call.
         static: what the program returned besides tensors.
         seconds: how long tracing and compiling took.
     """
@@ -62,7 +63,12 @@ class Program:
             graph = trace(joint, inputs)
         used = _prune(graph)
         self._sources: list[Argument | AnyPlace] = [sources[i] for i in used]
+        self.arguments = [n for n, s in enumerate(self._sources) if isinstance(s, Argument)]
         self._signatures = [signature(inputs[i]) for i in used]
+        self._moments = [
+            inputs[i] if isinstance(source, Moment) else None
+            for i, source in zip(used, self._sources, strict=True)
+        ]
         self._frozen = recording.frozen
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         self._wanted = [positions[id(t)] for t in wanted]
@@ -82,7 +88,10 @@ class Program:
             arguments[source.index] if isinstance(source, Argument) else source.get()
             for source in self._sources
         ]
-        for value, expected in zip(values, self._signatures, strict=True):
+        for value, moment, expected in zip(values, self._moments, self._signatures, strict=True):
+            # a parameter may change its layout and stay the object it is, a moment does not
+            if value is moment:
+                continue
             if not isinstance(value, Tensor) or signature(value) != expected:
                 return None
         return values
@@ -100,13 +109,13 @@ class Program:
 
     def _check(self, eager: Recording, inputs: list[Tensor], territory: Territory) -> None:
         """Hold the graph against the recorded run: the same draws, so the same numbers."""
-        with preserved(territory, inputs) as buffers:
+        with preserved(territory, inputs) as changes:
             results = self(inputs)
-            changed = buffers.changed()
+            changed = changes.found()
         gradients = [g for g in eager.gradients if g is not None]
         check_agreement("outputs", results.outputs, eager.outputs)
         check_agreement("gradients", results.gradients, gradients)
-        check_agreement("buffers", [v for _, v in changed], [v for _, v in eager.buffers])
+        check_changes(changed, eager.changed, territory.update.moved() if territory.update else {})
 
 
 def signature(tensor: Tensor) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.compiled import places
-from pyro_vae.compiled.places import AnyPlace, Held, Territory
+from pyro_vae.compiled.places import AnyPlace, Held, Place, Territory
 from pyro_vae.compiled.trace import Recorder
 from pyro_vae.errors import CompileError
 
@@ -36,22 +36,23 @@ class Recording:
     Attributes:
         captured: the tensors it used besides its arguments, and where each is found.
         outputs: what it returned; `gradients` of the first for each of `wanted`, None if unused.
-        buffers: the module buffers that it changed, and the values that it gave them.
+        changed: the tensors that it may change and did, and the values that it gave them.
     """
 
     captured: list[tuple[Tensor, AnyPlace]]
     outputs: list[Tensor]
     wanted: list[Tensor]
     gradients: list[Tensor | None]
-    buffers: list[tuple[Tensor, Tensor]]
+    changed: list[Change]
     frozen: list[tuple[AnyPlace, Any]] = field(default_factory=list)
 
 
 def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recording:
     """Run eagerly until nothing new turns up (parameters made on first use, say), and record it.
 
-    Generators and buffers are left as they were. Where Pyro's validation is on, the first run is
-    validated; what is recorded is a run without, as the compiled program will be.
+    Generators, and the tensors that the program may change, are left as they were. Where Pyro's
+    validation is on, the first run is validated; what is recorded is a run without, as the compiled
+    program will be.
 
     Raises:
         CompileError: each run changes the program: an attribute, a tensor that is no module's
@@ -62,10 +63,10 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
         before = _inventory(territory)
         with (
             pyro.validation_enabled(validation),
-            preserved(territory, arguments) as buffers,
-            _found_modules(territory, buffers),
+            preserved(territory, arguments) as changes,
+            _found_modules(territory, changes),
         ):
-            recording = _run(run, arguments, territory, buffers)
+            recording = _run(run, arguments, territory, changes)
         after = _inventory(territory)
         if before == after and not validation:
             recording.frozen = places.constants(territory.places())
@@ -77,34 +78,39 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
     )
 
 
-class Buffers:
-    """The values of the modules' buffers, to be put back."""
+class Change(NamedTuple):
+    """A tensor that a run changed in place, with its values before and after."""
+
+    tensor: Tensor
+    before: Tensor
+    after: Tensor
+
+
+class Changes:
+    """The values of the tensors that a program may change, to be put back."""
 
     def __init__(self, territory: Territory) -> None:
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self._owners: dict[int, tuple[nn.Module, str]] = {}
-        for module in territory.modules:
-            self.save(module)
+        self._saved: dict[int, tuple[Tensor, Tensor, AnyPlace]] = {}
+        for tensor, place in territory.changing():
+            self._save(tensor, place)
 
     def save(self, module: nn.Module) -> None:
         """Remember this module's own buffers, unless they are known."""
         for name, buffer in module.named_buffers(recurse=False):
-            if id(buffer) not in self._saved:
-                self._saved[id(buffer)] = (buffer, buffer.detach().clone())
-                self._owners[id(buffer)] = (module, name)
+            self._save(buffer, Place(module, "_buffers", name, name))
 
-    def changed(self) -> list[tuple[Tensor, Tensor]]:
-        """The buffers whose values differ from what was saved, with their values now; without
-        those that a module held only for a while (`functional_call`)."""
+    def found(self) -> list[Change]:
+        """The tensors whose values differ from what was saved; without those that a module held
+        only for a while (`functional_call`)."""
         return [
-            (buffer, buffer.detach().clone())
-            for key, (buffer, saved) in self._saved.items()
-            if self._is_held(key) and not torch.equal(buffer, saved)
+            Change(tensor, saved, tensor.detach().clone())
+            for tensor, saved, place in self._saved.values()
+            if place.get() is tensor and not torch.equal(tensor, saved)
         ]
 
-    def _is_held(self, key: int) -> bool:
-        module, name = self._owners[key]
-        return module._buffers.get(name) is self._saved[key][0]
+    def _save(self, tensor: Tensor, place: AnyPlace) -> None:
+        if id(tensor) not in self._saved:
+            self._saved[id(tensor)] = (tensor, tensor.detach().clone(), place)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._saved
@@ -112,26 +118,26 @@ class Buffers:
     def restore(self) -> None:
         """Put the values back."""
         with torch.no_grad():
-            for buffer, saved in self._saved.values():
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
+            for tensor, saved, _ in self._saved.values():
+                if not torch.equal(tensor, saved):
+                    tensor.copy_(saved)
 
 
 @contextmanager
-def preserved(territory: Territory, tensors: Sequence[Tensor]) -> Iterator[Buffers]:
-    """Put torch's generators and the modules' buffers back afterwards."""
-    buffers = Buffers(territory)
+def preserved(territory: Territory, tensors: Sequence[Tensor]) -> Iterator[Changes]:
+    """Put torch's generators, and the tensors that programs may change, back afterwards."""
+    changes = Changes(territory)
     used = [*tensors, *places.tensors_at(territory.places())]
     devices = sorted({t.device.index or 0 for t in used if t.is_cuda})
     with torch.random.fork_rng(devices):
         try:
-            yield buffers
+            yield changes
         finally:
-            buffers.restore()
+            changes.restore()
 
 
 @contextmanager
-def _found_modules(territory: Territory, buffers: Buffers) -> Iterator[None]:
+def _found_modules(territory: Territory, changes: Changes) -> Iterator[None]:
     """Add modules that the search did not find (they hide in a list, say) as they are called.
 
     Those that a run makes for itself and lets go are nobody's: their attributes follow from others.
@@ -142,7 +148,7 @@ def _found_modules(territory: Territory, buffers: Buffers) -> Iterator[None]:
         if module not in territory.modules:
             found.append(weakref.ref(module))
             for part in module.modules():
-                buffers.save(part)
+                changes.save(part)
 
     handle = register_module_forward_pre_hook(called)
     try:
@@ -158,7 +164,7 @@ def _found_modules(territory: Territory, buffers: Buffers) -> Iterator[None]:
 
 
 def _run(
-    run: Run, arguments: Sequence[Tensor], territory: Territory, buffers: Buffers
+    run: Run, arguments: Sequence[Tensor], territory: Territory, changes: Changes
 ) -> Recording:
     known = places.tensors(territory.places())
     python_state, numpy_state = random.getstate(), _numpy_state()
@@ -173,7 +179,7 @@ def _run(
     captured = []
     for key, tensor in recorder.inputs.items():
         place = own.get(key) or known.get(key) or Held(tensor, f"a tensor {tuple(tensor.shape)}")
-        changed = recorder.changed(tensor) and tensor not in buffers
+        changed = recorder.changed(tensor) and tensor not in changes
         if changed or place.get() is not tensor:
             raise CompileError(
                 f"the program changes {place.label} while it runs: only modules' buffers may "
@@ -183,7 +189,7 @@ def _run(
             captured.append((tensor, place))
     wanted = [t for t in (*arguments, *(t for t, _ in captured)) if t.requires_grad]
     gradients = gradients_of(outputs[0], wanted)
-    return Recording(captured, [o.detach() for o in outputs], wanted, gradients, buffers.changed())
+    return Recording(captured, [o.detach() for o in outputs], wanted, gradients, changes.found())
 
 
 def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:

@@ -96,6 +96,12 @@ class ELBO(Objective):
             raise ConfigError(f"kl_weight must be finite and not negative, got {weight}")
         self._kl_weight.fill_(weight)
 
+    def _weight_beside(self, kl: Tensor) -> Tensor:
+        """w as a factor of the KL. It moves to a GPU to stay, where a captured graph reads it."""
+        if kl.is_cuda and self._kl_weight.device != kl.device:
+            self._kl_weight = self._kl_weight.to(kl.device)
+        return self._kl_weight.to(kl.device, kl.dtype)
+
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         pair, run = self._run(model, guide, args, kwargs)
         check_reparametrized(run)
@@ -110,7 +116,7 @@ class ELBO(Objective):
         kl = sum((site.values.sum() for site in sites.values()), auxiliary)
         held = sum((self._hold(name, site, mean) for name, site in sites.items()), auxiliary)
         return Terms(
-            loss=self._kl_weight.to(held.dtype) * held - reconstruction,
+            loss=self._weight_beside(held) * held - reconstruction,
             reconstruction=reconstruction,
             kl=kl,
             kl_per_dimension={n: site.values for n, site in sites.items() if site.by_dimension},

@@ -95,6 +95,25 @@ class Guard:
                 f"is finite: {self._blame_gradient(batch)}. {REMEDY}"
             )
 
+    def bad_gradient(self, batch: tuple[Any, ...], step: int) -> NonFiniteError:
+        """The error for a gradient of `step` that a compiled step found not finite on `batch`.
+
+        Raises:
+            NonFiniteError: with fresh draws it is not finite either; the message says where.
+        """
+        parameters = [p for _, p in self._parameters() if p.requires_grad]
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            loss = self.objective.terms(self.model, self.guide, *batch).loss / len(batch[0])
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.check_gradient(batch, step)
+        self.check_norm(nn.utils.get_total_norm([g for g in gradients if g is not None]), step)
+        return NonFiniteError(
+            f"the gradient became NaN or infinite at step {step}, and was not applied; with fresh "
+            f"draws on the same batch it is finite. {REMEDY}"
+        )
+
     def check_norm(self, norm: Tensor, step: int) -> None:
         """Raise if the norm of the gradient of `step` cannot be clipped, for it overflowed."""
         if torch.isfinite(norm):

@@ -30,7 +30,8 @@ from pyro_vae.training.checks import (
 )
 from pyro_vae.training.devices import launch, parameter_dtype
 from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
-from pyro_vae.training.loop import Compile, Loop, MeanTerms, Tracker
+from pyro_vae.training.loop import Loop, Tracker
+from pyro_vae.training.mean_terms import Compile, MeanTerms
 from pyro_vae.training.metrics import Row
 from pyro_vae.training.settings import data_settings, optimizer_settings, schedule_settings
 
@@ -169,7 +170,9 @@ def fit(
         estimators = try_program(vae, objective, samples, compile).estimators
         try_again(vae, objective, samples[0])
         parameters = check_parameters(weights, pyro.get_param_store())
-        opt = make_optimizer(optimizer, parameters, learning_rate)
+        # on a GPU the fused Adam counts its steps there, where a compiled step would wait for them
+        fused = not (compile and fabric.device.type == "cuda")
+        opt = make_optimizer(optimizer, parameters, learning_rate, fused)
         schedule = make_scheduler(scheduler, opt)
         loop = Loop(
             fabric, MeanTerms(objective, vae.model, vae.guide, compile), weights, opt, schedule,

@@ -5,59 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import pyro
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import programs
-from pyro_vae.errors import CheckpointError, ConfigError, DataError
-from pyro_vae.objectives import Objective, Terms
+from pyro_vae.errors import CheckpointError, CompileError, ConfigError, DataError
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import checkpoint
 from pyro_vae.training.batches import Batch, Batches
 from pyro_vae.training.folder import CHECKPOINT
 from pyro_vae.training.guard import DIVERGED, Guard, Interruption
+from pyro_vae.training.mean_terms import MeanTerms
 from pyro_vae.training.metrics import MetricsLog, Row, means
 from pyro_vae.training.progress import Progress
 from pyro_vae.training.state import State, random_state, set_random_state
+
+if TYPE_CHECKING:
+    pass
 
 FORMAT = 1
 VALIDATION = 2**32 - 1  # the key of validation's draws, which no epoch reaches
 STEPS_BETWEEN_LOOKS = 50  # at a GPU's loss: reading it waits for the GPU, and NaN stays in the sums
 STEPS_BETWEEN_TALKS = 20  # of several processes, whether one of them was interrupted
 Tracker = Callable[[int], Mapping[str, float]]
-
-Compile = bool | Literal["auto"]
-
-
-class MeanTerms(nn.Module):
-    """An objective of a (model, guide) as a module: loss, reconstruction and KL per datum.
-
-    Args:
-        compile: see `fit`.
-    """
-
-    def __init__(
-        self, objective: Objective, model: nn.Module, guide: nn.Module, compile: Compile = False
-    ) -> None:
-        super().__init__()
-        self.objective, self.model, self.guide = objective, model, guide
-        self.terms: Callable[..., Terms] = partial(objective.terms, model, guide)
-        if compile:
-            from pyro_vae.compiled import terms
-
-            self.terms = terms(objective, model, guide, compile)
-
-    def forward(self, *batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        terms = self.terms(*batch)
-        n = len(batch[0])
-        return terms.loss / n, terms.reconstruction / n, terms.kl / n
 
 
 class Loop:
@@ -80,7 +57,7 @@ class Loop:
         fabric: Fabric,
         module: MeanTerms,
         weights: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         scheduler: LRScheduler | ReduceLROnPlateau | None,
         *,
         seed: int,
@@ -99,6 +76,8 @@ class Loop:
         self.kl_schedule, self.trackers = kl_schedule, trackers
         self.kl_weight = self._kl_weight()
         self.on_cpu = fabric.device.type == "cpu"
+        self.mean_terms = module
+        self.fused = module.step(optimizer, gradient_clip) if fabric.world_size == 1 else None
         self.state = State()
         self.saved_step: int | None = None
 
@@ -168,8 +147,35 @@ class Loop:
         state = self.state
         if self.kl_schedule is not None:
             self._set_kl_factor(self.kl_schedule(state.step))
-        loss = self._add_terms(batch, state.sums)
         look = self.on_cpu or state.position % STEPS_BETWEEN_LOOKS == 0
+        if not self._fused_update(batch, look):
+            self._update(batch, look)
+        state.step += 1
+        state.position += 1
+
+    def _fused_update(self, batch: Batch, look: bool) -> bool:
+        """Let one graph take the step, if there is one. It leaves the weights as they are where
+        loss or gradient is not finite; `look` finds out."""
+        if self.fused is None:
+            return False
+        try:
+            with self.fabric.autocast():
+                taken = self.fused(*batch)
+        except CompileError as error:
+            self.fused = None
+            self.mean_terms.run_eagerly(error)
+            return False
+        if taken is None:
+            return False
+        self._add(taken.outputs, len(batch[0]), self.state.sums)
+        if look:
+            self._judge(batch, taken.outputs[0].item())
+            if not taken.finite:
+                raise self.guard.bad_gradient(batch, self.state.step + 1)
+        return True
+
+    def _update(self, batch: Batch, look: bool) -> None:
+        loss = self._add_terms(batch, self.state.sums)
         if look:
             self._judge(batch, loss.item())
         self.optimizer.zero_grad()
@@ -177,8 +183,6 @@ class Loop:
         if look or self.gradient_clip is not None:
             self._treat_gradient(batch, look)
         self.optimizer.step()
-        state.step += 1
-        state.position += 1
 
     def _judge(self, batch: Batch, loss: float) -> None:
         """Stop at a loss that is not finite; warn where training has long been worse than none."""
@@ -254,11 +258,13 @@ class Loop:
     def _add_terms(self, batch: Batch, sums: Tensor) -> Tensor:
         """The loss per datum of a batch; its terms are added to `sums`."""
         with self.fabric.autocast():
-            loss, reconstruction, kl = self.module(*batch)
-        n = len(batch[0])
-        with torch.no_grad():
-            sums.add_(torch.stack((loss, reconstruction, kl, torch.ones_like(loss))), alpha=n)
-        return loss
+            terms = self.module(*batch)
+        self._add(terms, len(batch[0]), sums)
+        return terms[0]
+
+    @torch.no_grad()
+    def _add(self, terms: Sequence[Tensor], n: int, sums: Tensor) -> None:
+        sums.add_(torch.stack((*terms, torch.ones_like(terms[0]))), alpha=n)
 
     def _place(self) -> str:
         state = self.state

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from pyro_vae.provenance import fingerprint
 from pyro_vae.training.batches import as_split
 
+# how torch computes an update, which another device may do otherwise
+IMPLEMENTATION = ("foreach", "fused", "capturable")
 PROBES = (0, 1, 10, 100, 1000, 10_000)
 
 
@@ -24,7 +26,10 @@ def data_settings(data: Any) -> dict[str, Any]:
 
 def optimizer_settings(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
     """The kind and the options of a new optimizer and of its scheduler."""
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = [
+        {k: v for k, v in g.items() if k not in ("params", *IMPLEMENTATION)}
+        for g in optimizer.param_groups
+    ]
     return {
         "optimizer": type(optimizer).__name__,
         "scheduler": None if scheduler is None else type(scheduler).__name__,

@@ -27,8 +27,8 @@ def track_log_px(
     Raises:
         ConfigError: `every` or `num_samples` is no whole number, or less than 1.
     """
+    from pyro_vae.checks import at_least
     from pyro_vae.evidence import log_marginal
-    from pyro_vae.evidence.ground import at_least
 
     at_least("every", every, 1)
     at_least("num_samples", num_samples, 1)

@@ -1,0 +1,115 @@
+"""A compiled program on a GPU as one launch: captured as a CUDA graph, then replayed.
+
+Each kernel of a small network takes less time than its launch does. A captured graph launches them
+all at once, but it reads and writes the memory that it was captured with. So arguments are copied
+into buffers of the graph's own, and where anything else has moved since, or a number on the CPU has
+changed, the program is captured anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.compiled.fused import Call
+from pyro_vae.compiled.program import Program
+
+# calls before a capture, on a stream of their own: torch asks for a few
+SETTLED = 3
+
+Outputs = list[Tensor]
+Capture = Callable[[Callable[[], Outputs], torch.device], Callable[[], Outputs]]
+
+
+class Replayed:
+    """Runs compiled programs: those on a GPU a few times as they are, and captured from then on.
+
+    Args:
+        capture: makes something that repeats a function, without running it.
+        device_type: of the devices where it can.
+    """
+
+    def __init__(self, capture: Capture | None = None, device_type: str = "cuda") -> None:
+        self._capture = capture or cuda_graph
+        self._device_type = device_type
+        self._captured: dict[Program, _Captured] = {}
+        self._failed = False
+
+    def __call__(self, call: Call) -> Outputs:
+        """What the program computes. On a GPU the tensors hold until the next call."""
+        device = next((t.device for t in call.inputs if t.device.type == self._device_type), None)
+        if device is None or self._failed:
+            return call.run().outputs
+        where = tuple(map(_address, call.captured))
+        captured = self._captured.get(call.program)
+        if captured is None or captured.where != where:
+            captured = self._captured[call.program] = _Captured(where)
+        if captured.replay is None and captured.runs >= SETTLED:
+            self._try_to_capture(captured, call, device)
+        if captured.replay is None:
+            captured.runs += 1
+            with _side_stream(device):
+                return call.run().outputs
+        for buffer, argument in zip(captured.buffers, call.arguments, strict=True):
+            buffer.copy_(argument, non_blocking=True)
+        return captured.replay()
+
+    def _try_to_capture(self, captured: _Captured, call: Call, device: torch.device) -> None:
+        captured.buffers = [argument.detach().clone() for argument in call.arguments]
+        onto_buffers = call.given(captured.buffers)
+        try:
+            captured.replay = self._capture(lambda: onto_buffers.run().outputs, device)
+        except RuntimeError as error:
+            self._failed = True
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"running without a captured CUDA graph: {reason}", stacklevel=5)
+
+
+@dataclass
+class _Captured:
+    """A program that finds everything but its arguments where it was."""
+
+    where: tuple[Any, ...]
+    runs: int = 0
+    buffers: list[Tensor] = field(default_factory=list)
+    replay: Callable[[], Outputs] | None = None
+
+
+def _address(tensor: Tensor) -> Any:
+    """Where a tensor lies; a number on the CPU, which is read at capture alone, as its value."""
+    if tensor.device.type == "cpu" and tensor.dim() == 0:
+        return tensor.item()
+    return tensor.data_ptr()
+
+
+def cuda_graph(function: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
+    """Capture a function as a CUDA graph. torch's generators advance from replay to replay."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads (of a DataLoader, say) may go on using the GPU meanwhile
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = function()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Run the body on a stream of its own, in its place among the work of the current one."""
+    if device.type != "cuda":
+        yield
+        return
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)

@@ -1,0 +1,409 @@
+"""The step as one graph: torch's Adam is the oracle of its update, the eager loss of the rest."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from compiled_models import batch_norm, binary, vae
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
+
+import pyro_vae as pv
+from pyro_vae.compiled.fused import Fused
+from pyro_vae.compiled.places import Territory
+from pyro_vae.compiled.replay import Replayed
+from pyro_vae.compiled.update import AdamUpdate
+from pyro_vae.errors import CompileError, NonFiniteError
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "Adam": Adam,
+    "Adam, decay": lambda p, lr: Adam(p, lr, betas=(0.7, 0.9), eps=1e-5, weight_decay=0.1),
+    "AdamW": lambda p, lr: AdamW(p, lr, weight_decay=0.3),
+    "fused": lambda p, lr: Adam(p, lr, fused=True),
+}
+
+
+def flat(optimizer: Any) -> list[Tensor]:
+    """Parameters and state of an optimizer, in order."""
+    found = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            found += [p.detach(), *optimizer.state[p].values()]
+    return [t.clone().double() for t in found]
+
+
+def by_torch(loss: nn.Module, optimizer: Any, x: Tensor) -> float:
+    """One step as everybody writes it."""
+    optimizer.zero_grad()
+    value = loss(x)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.item()
+
+
+def twins(kind: Callable[..., Any], make: Any = vae) -> tuple[Any, Any, nn.Module, Any, Tensor]:
+    """A compiled SVI with its optimizer, and a loss with an optimizer, from the same start."""
+    model, guide, (x,) = make()
+    loss = pv.ELBO()(model, guide)
+    twin = copy.deepcopy(loss)
+    mine, its = (kind(m.parameters(), 0.05) for m in (loss, twin))
+    svi = pv.CompiledSVI(loss.model, loss.guide, mine, loss.elbo, backend="eager")
+    return svi, mine, twin, its, x
+
+
+def same(got: list[Tensor], wanted: list[Tensor], rtol: float = 1e-10) -> None:
+    assert len(got) == len(wanted)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=rtol, atol=1e-13)
+
+
+class TestTheUpdate:
+    @pytest.mark.parametrize("name", KINDS)
+    def test_it_is_torchs(self, name: str) -> None:
+        svi, mine, twin, its, x = twins(KINDS[name])
+        for seed in range(6):
+            pyro.set_rng_seed(seed)
+            got = svi.step(x)
+            pyro.set_rng_seed(seed)
+            assert got == pytest.approx(by_torch(twin, its, x), rel=1e-10)
+            same(flat(mine), flat(its))
+
+    def test_it_is_part_of_the_graph(self) -> None:
+        svi, mine, *_, x = twins(Adam)
+        mine.step = None  # type: ignore[method-assign]
+        svi.step(x)
+
+    def test_the_two_take_turns(self) -> None:
+        """State and counts are where torch looks for them, and the other way round."""
+        svi, mine, twin, its, x = twins(Adam)
+        loss = pv.ELBO()(svi.model, svi.guide)
+        for seed in range(6):
+            pyro.set_rng_seed(seed)
+            _ = svi.step(x) if seed % 2 else by_torch(loss, mine, x)
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+            same(flat(mine), flat(its))
+
+    def test_options_may_change(self) -> None:
+        svi, mine, twin, its, x = twins(Adam)
+        for seed, (lr, beta) in enumerate([(0.1, 0.9), (0.02, 0.9), (0.02, 0.5)]):
+            for optimizer in (mine, its):
+                optimizer.param_groups[0].update(lr=lr, betas=(beta, 0.99))
+            pyro.set_rng_seed(seed)
+            svi.step(x)
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+            same(flat(mine), flat(its))
+        assert len(svi._step.seconds) == 2  # a learning rate is a number; betas are frozen
+
+    def test_groups_have_options_of_their_own(self) -> None:
+        def grouped(parameters: Any, lr: float) -> Adam:
+            first, *rest = parameters
+            return Adam([{"params": [first], "lr": 10 * lr}, {"params": rest, "eps": 1e-3}], lr)
+
+        svi, mine, twin, its, x = twins(grouped)
+        for seed in range(3):
+            pyro.set_rng_seed(seed)
+            svi.step(x)
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+        same(flat(mine), flat(its))
+
+    def test_state_that_is_loaded_is_used(self) -> None:
+        svi, mine, twin, its, x = twins(Adam)
+        svi.step(x)
+        svi.model.load_state_dict(twin.model.state_dict())
+        svi.guide.load_state_dict(twin.guide.state_dict())
+        for seed in range(3):
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+        svi.model.load_state_dict(twin.model.state_dict())
+        svi.guide.load_state_dict(twin.guide.state_dict())
+        mine.load_state_dict(copy.deepcopy(its.state_dict()))
+        pyro.set_rng_seed(9)
+        svi.step(x)
+        pyro.set_rng_seed(9)
+        by_torch(twin, its, x)
+        same(flat(mine), flat(its))
+
+    def test_what_the_loss_does_not_use_stays(self) -> None:
+        model, guide, (x,) = vae()
+        idle = nn.Parameter(torch.ones(3))
+        mine = AdamW([*model.parameters(), *guide.parameters(), idle], 0.1)
+        pv.CompiledSVI(model, guide, mine, pv.ELBO(), backend="eager").step(x)
+        assert torch.equal(idle, torch.ones(3))
+        assert mine.state[idle]["step"] == 0
+
+    def test_a_parameter_that_was_replaced_is_not_trained(self) -> None:
+        """The optimizer holds the old one; as in torch, the new one is nobody's."""
+        svi, *_, x = twins(Adam)
+        svi.step(x)
+        new = nn.Parameter(torch.randn(6))
+        svi.model.likelihood.network.layers[-1].bias = new
+        pyro.clear_param_store()
+        before = new.detach().clone()
+        svi.step(x)
+        assert torch.equal(new, before)
+
+    def test_a_gradient_that_was_there_counts(self) -> None:
+        svi, mine, twin, its, x = twins(Adam)
+        for optimizer in (mine, its):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+        pyro.set_rng_seed(0)
+        svi.step(x)
+        pyro.set_rng_seed(0)
+        twin(x).backward()
+        its.step()
+        same(flat(mine), flat(its))
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            lambda p: SGD(p, 0.1),
+            lambda p: Adam(p, amsgrad=True),
+            lambda p: Adam(p, maximize=True),
+            lambda p: pyro.optim.Adam({"lr": 0.1}),
+        ],
+    )
+    def test_other_optimizers_step_by_themselves(self, optimizer: Any) -> None:
+        assert not AdamUpdate.supports(optimizer([nn.Parameter(torch.ones(1))]))
+
+    def test_an_optimizer_with_a_hook_steps_by_itself(self) -> None:
+        optimizer = Adam([nn.Parameter(torch.ones(1))])
+        assert AdamUpdate.supports(optimizer)
+        optimizer.register_step_post_hook(lambda *_: None)
+        assert not AdamUpdate.supports(optimizer)
+
+
+class TestWhatIsNotFinite:
+    @pytest.mark.parametrize("kind", [Adam, lambda p, lr: SGD(p, lr), "pyro"])
+    def test_no_step_is_taken(self, kind: Any) -> None:
+        model, guide, (x,) = vae()
+        parameters = [*model.parameters(), *guide.parameters()]
+        optim = pyro.optim.Adam({"lr": 0.1}) if kind == "pyro" else kind(parameters, 0.1)
+        svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), backend="eager")
+        svi.step(x)
+        before = [p.detach().clone() for p in parameters]
+        with pytest.raises(NonFiniteError, match=r"loss is nan.*no step was taken"):
+            svi.step(torch.full_like(x, torch.nan))
+        same([p.detach() for p in parameters], before)
+        assert torch.tensor(svi.step(x)).isfinite()
+
+    def test_a_bad_gradient_of_a_finite_loss(self) -> None:
+        """The square root of zero has an infinite slope."""
+        model, guide, (x,) = vae()
+        prior = model.prior
+
+        def rooted(z: Tensor) -> Any:
+            return pyro.distributions.Bernoulli(logits=(w * 0).sqrt() + z[..., :1].expand(5, 6))
+
+        w = nn.Parameter(torch.ones(6))
+        made = pv.VAE(prior, lambda z: rooted(z).to_event(1), guide.posterior)
+        made.model.register_parameter("w", w)
+        optim = Adam(made.parameters(), 0.1)
+        svi = pv.CompiledSVI(made.model, made.guide, optim, pv.ELBO(), backend="eager")
+        with pytest.raises(NonFiniteError, match="gradient"):
+            svi.step(x)
+        assert torch.equal(w, torch.ones(6))
+        assert all(state["step"] == 0 for state in optim.state.values())
+
+
+class TestTheGuard:
+    def test_a_backend_that_updates_otherwise_is_caught(self) -> None:
+        def mutant(graph: Any, inputs: list[Tensor]) -> Any:
+            def run(*args: Tensor) -> Any:
+                parameters = [a for a in args if a.requires_grad]
+                before = [p.clone() for p in parameters]
+                out = graph(*args)
+                for p, b in zip(parameters, before, strict=True):
+                    p.add_(0.01 * (p - b))
+                return out
+
+            return run
+
+        model, guide, (x,) = vae()
+        optim = Adam([*model.parameters(), *guide.parameters()], 1e-3)
+        svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), backend=mutant)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(CompileError, match="updates differ on the same draws"):
+            svi.step(x)
+        same([p.detach() for p in model.parameters()], before)
+
+    def test_rounding_of_a_gradient_that_is_zero_is_not_taken_for_a_fault(self) -> None:
+        """A bias before batch normalisation has none: which way Adam moves it is chance."""
+
+        def noisy(graph: Any, inputs: list[Tensor]) -> Any:
+            def run(*args: Tensor) -> Any:
+                rounded = [a * (1 + 1e-7) if a.shape == (5, 6) else a for a in args]
+                return graph(*rounded)
+
+            return run
+
+        torch.set_default_dtype(torch.float32)
+        model, guide, (x,) = batch_norm()
+        optim = Adam([*model.parameters(), *guide.parameters()], 1e-3)
+        svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), backend=noisy)
+        assert torch.tensor(svi.step(x.float())).isfinite()
+
+    def test_compiling_takes_no_step(self) -> None:
+        svi, mine, twin, its, x = twins(Adam)
+        pyro.set_rng_seed(0)
+        svi.step(x)
+        pyro.set_rng_seed(0)
+        by_torch(twin, its, x)
+        same(flat(mine), flat(its))
+
+
+def remembered(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Stands in for a CUDA graph: it repeats the function, on the very buffers it was given."""
+    remembered.count += 1  # type: ignore[attr-defined]
+    return function
+
+
+class TestReplay:
+    """The logic around a captured graph, with a stand-in that runs on the CPU."""
+
+    @pytest.fixture(autouse=True)
+    def _count(self) -> None:
+        remembered.count = 0  # type: ignore[attr-defined]
+
+    @pytest.fixture
+    def replayed(self) -> Replayed:
+        return Replayed(remembered, "cpu")
+
+    @pytest.fixture
+    def weight(self) -> nn.Linear:
+        return nn.Linear(3, 1)
+
+    @pytest.fixture
+    def fused(self, weight: nn.Linear) -> Fused:
+        return Fused(
+            lambda x: ([weight(x).sum()], None), Territory({"w": weight}), lambda graph, _: graph
+        )
+
+    def run(self, replayed: Replayed, fused: Fused, x: Tensor) -> Tensor:
+        return replayed(fused.prepare(x))[0]
+
+    def test_it_settles_and_is_captured_once(
+        self, replayed: Replayed, fused: Fused, weight: nn.Linear
+    ) -> None:
+        for _ in range(8):
+            x = torch.randn(2, 3)  # other memory every time
+            torch.testing.assert_close(self.run(replayed, fused, x), weight(x).sum())
+            with torch.no_grad():
+                weight.weight.add_(1.0)  # in place: the graph reads it where it is
+        assert remembered.count == 1  # type: ignore[attr-defined]
+
+    def test_another_shape_is_another_graph(
+        self, replayed: Replayed, fused: Fused, weight: nn.Linear
+    ) -> None:
+        for _ in range(5):
+            for rows in (2, 3):
+                x = torch.randn(rows, 3)
+                torch.testing.assert_close(self.run(replayed, fused, x), weight(x).sum())
+        assert remembered.count == 2  # type: ignore[attr-defined]
+
+    def test_what_has_moved_is_captured_anew(
+        self, replayed: Replayed, fused: Fused, weight: nn.Linear
+    ) -> None:
+        kept = []
+        for _ in range(3):
+            kept.append(weight.weight)  # the allocator must not give its memory out again
+            weight.weight = nn.Parameter(torch.randn(1, 3))
+            for _ in range(5):
+                x = torch.randn(2, 3)
+                torch.testing.assert_close(self.run(replayed, fused, x), weight(x).sum())
+        assert remembered.count == 3  # type: ignore[attr-defined]
+
+    def test_what_cannot_be_captured_runs_with_one_warning(self, fused: Fused) -> None:
+        def refuse(function: Any, device: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        replayed = Replayed(refuse, "cpu")
+        for _ in range(3):
+            self.run(replayed, fused, torch.ones(2, 3))
+        with pytest.warns(UserWarning, match="without a captured CUDA graph: operation not perm"):
+            self.run(replayed, fused, torch.ones(2, 3))
+        assert self.run(replayed, fused, torch.ones(2, 3)).isfinite()
+
+    def test_svi_trains_the_same_by_it(self) -> None:
+        outcomes = []
+        for kind in ("cpu", "cuda"):
+            pyro.set_rng_seed(0)
+            model, guide, _ = vae()
+            optim = Adam([*model.parameters(), *guide.parameters()], 0.05)
+            svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), backend="eager")
+            svi._step._replayed = Replayed(remembered, kind)  # type: ignore[union-attr]
+            pyro.set_rng_seed(7)
+            losses = []
+            for step in range(12):
+                optim.param_groups[0]["lr"] = 0.1 / (1 + step)
+                losses.append(svi.step(binary(4 + step % 2)))
+            outcomes.append([torch.tensor(losses), *flat(optim)])
+        same(*outcomes)
+        assert remembered.count == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnCuda:
+    """The same through captured CUDA graphs."""
+
+    def setup(self, objective: Any, captured: bool) -> tuple[Any, Any, Tensor]:
+        pyro.set_rng_seed(0)
+        model, guide, _ = vae()
+        model.cuda().float()
+        guide.cuda().float()
+        optim = Adam([*model.parameters(), *guide.parameters()], 0.01)
+        svi = pv.CompiledSVI(model, guide, optim, objective)
+        if not captured:
+            svi._step._replayed = Replayed(device_type="none")  # type: ignore[union-attr]
+        return svi, optim, binary(64).float().cuda()
+
+    @pytest.mark.parametrize(
+        "objective", [pv.ELBO, lambda: pv.IWAE(5, "dreg")], ids=["ELBO", "IWAE dreg"]
+    )
+    def test_captured_steps_are_the_uncaptured_ones(self, objective: Any) -> None:
+        outcomes = []
+        for captured in (False, True):
+            svi, optim, x = self.setup(objective(), captured)
+            pyro.set_rng_seed(1)
+            losses = [svi.step(x) for _ in range(20)]
+            outcomes.append(
+                [torch.tensor(losses).double().cuda(), *(t.cuda() for t in flat(optim))]
+            )
+        for g, w in zip(*outcomes, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+    def test_draws_go_on_and_a_seed_repeats_them(self) -> None:
+        svi, optim, x = self.setup(pv.ELBO(), True)
+        for group in optim.param_groups:
+            group["lr"] = 0.0
+        for _ in range(5):
+            svi.step(x)
+        runs = []
+        for _ in range(2):
+            pyro.set_rng_seed(3)
+            runs.append([svi.step(x) for _ in range(6)])
+        assert runs[0] == runs[1]
+        assert len(set(runs[0])) == 6
+
+    def test_the_kl_weight_is_read_where_it_is(self) -> None:
+        objective = pv.ELBO()
+        svi, optim, x = self.setup(objective, True)
+        for group in optim.param_groups:
+            group["lr"] = 0.0
+        for _ in range(6):
+            svi.step(x)
+        values = []
+        for weight in (0.0, 1.0, 2.0):
+            objective.kl_weight = weight
+            pyro.set_rng_seed(5)
+            values.append(svi.step(x))
+        assert values[2] - values[1] == pytest.approx(values[1] - values[0], rel=1e-3)
+        assert values[1] != values[0]
