@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyro
 import torch
@@ -25,15 +25,14 @@ from pyro_vae.training.folder import CHECKPOINT
 from pyro_vae.training.guard import DIVERGED, Guard, Interruption
 from pyro_vae.training.metrics import MetricsLog, Row, means
 from pyro_vae.training.progress import Progress
+from pyro_vae.training.settings import Compile, Settings
 from pyro_vae.training.state import State, random_state, set_random_state
 
 FORMAT = 1
 VALIDATION = 2**32 - 1  # the key of validation's draws, which no epoch reaches
 STEPS_BETWEEN_LOOKS = 50  # at a GPU's loss: reading it waits for the GPU, and NaN stays in the sums
 STEPS_BETWEEN_TALKS = 20  # of several processes, whether one of them was interrupted
-Tracker = Callable[[int], Mapping[str, float]]
-
-Compile = bool | Literal["auto"]
+Tracker = Callable[[int], Mapping[str, float] | None]
 
 
 class MeanTerms(nn.Module):
@@ -70,8 +69,7 @@ class Loop:
         fabric: launched; owns device, precision and processes.
         module: the objective, not yet set up.
         weights: the module whose parameters and buffers are saved.
-        kl_schedule: multiplies the objective's KL weight by its value at the step.
-        patience: epochs without gain in validation loss before training stops.
+        settings: of the run.
         trackers: called with the number of each finished epoch; return figures for its row.
     """
 
@@ -82,11 +80,7 @@ class Loop:
         weights: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler | ReduceLROnPlateau | None,
-        *,
-        seed: int,
-        gradient_clip: float | None,
-        kl_schedule: Callable[[int], float] | None,
-        patience: int | None,
+        settings: Settings,
         trackers: Sequence[Tracker],
     ) -> None:
         self.fabric, self.objective, self.weights = fabric, module.objective, weights
@@ -95,8 +89,9 @@ class Loop:
         # Fabric's wrappers take 40 us a step, and a single process needs none of what they do
         self.module = module if fabric.world_size == 1 else fabric.setup_module(module)
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.seed, self.gradient_clip, self.patience = seed, gradient_clip, patience
-        self.kl_schedule, self.trackers = kl_schedule, trackers
+        self.seed, self.gradient_clip = settings.seed, settings.gradient_clip
+        self.kl_schedule, self.patience = settings.kl_schedule, settings.patience
+        self.trackers = trackers
         self.kl_weight = self._kl_weight()
         self.on_cpu = fabric.device.type == "cpu"
         self.state = State()
@@ -230,7 +225,7 @@ class Loop:
                     state.best_weights = checkpoint.copy_weights(self.weights)
         state.position, state.sums = 0, torch.zeros_like(state.sums)
         for tracker in self.trackers:
-            row |= {name: float(value) for name, value in tracker(state.epoch).items()}
+            row |= {name: float(value) for name, value in (tracker(state.epoch) or {}).items()}
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(row.get("valid_loss", row["train_loss"]))
         elif self.scheduler is not None:
