@@ -333,8 +333,8 @@ def test_trackers_give_columns_even_now_and_then(tmp_path: Path) -> None:
     def often(epoch: int) -> dict[str, Any]:
         return {"often": torch.tensor(float(epoch))}
 
-    def seldom(epoch: int) -> dict[str, float]:
-        return {"seldom": -1.0} if epoch % 2 else {}
+    def seldom(epoch: int) -> dict[str, float] | None:
+        return {"seldom": -1.0} if epoch % 2 else None
 
     _, run = train(epochs=4, out=tmp_path / "run", trackers=[seldom, often])
     table = pandas.read_csv(tmp_path / "run" / "metrics.csv")

@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -26,6 +26,7 @@ from pyro_vae.objectives import Objective, Terms
 from pyro_vae.training.batches import Batch
 from pyro_vae.training.guard import Guard
 from pyro_vae.training.metrics import summary_writer
+from pyro_vae.training.settings import MakeOptimizer, MakeScheduler, Settings
 
 
 def whole(name: str, value: Any) -> int:
@@ -40,48 +41,47 @@ def whole(name: str, value: Any) -> int:
         raise ConfigError(f"{name} must be a whole number, got {value!r}") from error
 
 
-def check_arguments(
-    objective: Objective,
-    data: Any,
-    *,
-    epochs: int,
-    learning_rate: float,
-    kl_schedule: Callable[[int], float] | None,
-    gradient_clip: float | None,
-    patience: int | None,
-    trackers: Sequence[Any],
-    compile: bool | str,
-    seed: int,
-    out: str | Path | None,
-    resume: bool,
-    overwrite: bool,
-    tensorboard: bool,
-) -> None:
-    """Raise `ConfigError` for an argument of `fit`, or a combination, that means nothing."""
+def check_settings(settings: Settings) -> None:
+    """Raise `ConfigError` for a setting that means nothing."""
+    objective, schedule = settings.objective, settings.kl_schedule
     if not isinstance(objective, Objective):
         raise ConfigError(
             f"fit needs one of this library's objectives, got {type(objective).__name__}; "
             "train with others through pyro.infer.SVI"
         )
-    if epochs < 1:
-        raise ConfigError(f"epochs must be at least 1, got {epochs}")
-    for name, value in (("learning_rate", learning_rate), ("gradient_clip", gradient_clip)):
-        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+    for name in ("epochs", "patience"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    for name in ("learning_rate", "gradient_clip"):
+        value = getattr(settings, name)
+        if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
             raise ConfigError(f"{name} must be positive and finite, got {value!r}")
-    if seed < 0:
-        raise ConfigError(f"seed must not be negative, got {seed}")
-    if kl_schedule is not None and not hasattr(objective, "kl_weight"):
+    if settings.seed < 0:
+        raise ConfigError(f"seed must not be negative, got {settings.seed}")
+    if schedule is not None and not hasattr(objective, "kl_weight"):
         raise ConfigError(f"{type(objective).__name__} has no KL weight for kl_schedule to change")
-    if kl_schedule is not None:
-        _check_schedule(kl_schedule)
-    if patience is not None and patience < 1:
-        raise ConfigError(f"patience must be at least 1, got {patience}")
+    if schedule is not None:
+        _check_schedule(schedule)
+    if not isinstance(settings.compile, bool) and settings.compile != "auto":
+        raise ConfigError(f'compile is True, False or "auto", got {settings.compile!r}')
+
+
+def check_arguments(
+    data: Any,
+    patience: int | None,
+    trackers: Sequence[Any],
+    out: str | Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    tensorboard: bool,
+) -> None:
+    """Raise `ConfigError` for other arguments of `fit`, or combinations, that mean nothing."""
     if patience is not None and getattr(data, "valid", None) is None:
         raise ConfigError(f"patience={patience} needs validation data, and there is none")
     if not isinstance(trackers, Sequence) or not all(map(callable, trackers)):
         raise ConfigError(f"trackers is a list of functions of the epoch, got {trackers!r}")
-    if not isinstance(compile, bool) and compile != "auto":
-        raise ConfigError(f'compile is True, False or "auto", got {compile!r}')
     if resume and out is None:
         raise ConfigError("resume=True needs out=, the folder to resume from")
     if resume and overwrite:
@@ -105,7 +105,7 @@ def _check_schedule(schedule: Callable[[int], float]) -> None:
 
 
 def make_optimizer(
-    make: Callable[[Iterable[nn.Parameter]], Optimizer] | None,
+    make: MakeOptimizer | None,
     parameters: list[nn.Parameter],
     learning_rate: float,
     fused: bool,
@@ -137,9 +137,7 @@ def make_optimizer(
     return made
 
 
-def make_scheduler(
-    make: Callable[[Optimizer], LRScheduler] | None, optimizer: Optimizer
-) -> LRScheduler | None:
+def make_scheduler(make: MakeScheduler | None, optimizer: Optimizer) -> LRScheduler | None:
     """The user's scheduler, if there is one.
 
     Raises:

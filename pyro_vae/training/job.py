@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from lightning_fabric import Fabric
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.seeding import seeded
 from pyro_vae.training import checkpoint
-from pyro_vae.training.batches import sources
+from pyro_vae.training.batches import Batches, sources
 from pyro_vae.training.checks import (
     check_arguments,
     check_parameters,
+    check_settings,
     frozen_parameters_allowed,
     make_optimizer,
     make_scheduler,
@@ -29,11 +29,11 @@ from pyro_vae.training.checks import (
     whole,
 )
 from pyro_vae.training.devices import launch, parameter_dtype
-from pyro_vae.training.folder import MODEL, check_free, check_resumable, describe, write_config
+from pyro_vae.training.folder import MODEL, check_free, check_resumable, write_config
 from pyro_vae.training.loop import Loop, Tracker
-from pyro_vae.training.mean_terms import Compile, MeanTerms
+from pyro_vae.training.mean_terms import MeanTerms
 from pyro_vae.training.metrics import Row
-from pyro_vae.training.settings import data_settings, optimizer_settings, schedule_settings
+from pyro_vae.training.settings import Compile, MakeOptimizer, MakeScheduler, Settings
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def fit(
     epochs: int = 100,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-    scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
     kl_schedule: Callable[[int], float] | None = None,
     gradient_clip: float | None = None,
     patience: int | None = None,
@@ -108,7 +108,7 @@ def fit(
         patience: stop after this many epochs without gain in validation loss, and go back to the
             best weights.
         trackers: called with the number of each finished epoch, they return figures for its row of
-            metrics.
+            metrics, or None.
         compile: trace the objective into one fused graph (see `pyro_vae.compile`): the same draws
             and, within rounding, the same weights. The first step then takes seconds to a minute
             (less when the graph is in the cache on disk), so it pays for long training. `True`
@@ -149,49 +149,35 @@ def fit(
         RuntimeWarning: a hundred batches on end had a larger loss than the very first, before any
             update: training diverges, though every number is finite. (On a GPU, of those read.)
     """
-    objective = ELBO(kl="auto") if objective is None else objective
-    epochs, batch_size = whole("epochs", epochs), whole("batch_size", batch_size)
-    devices, seed = whole("devices", devices), whole("seed", seed)
-    patience = None if patience is None else whole("patience", patience)
+    settings = Settings(
+        objective=ELBO(kl="auto") if objective is None else objective,
+        epochs=whole("epochs", epochs), batch_size=whole("batch_size", batch_size),
+        learning_rate=learning_rate, optimizer=optimizer, scheduler=scheduler,
+        kl_schedule=kl_schedule, gradient_clip=gradient_clip,
+        patience=None if patience is None else whole("patience", patience),
+        compile=compile, devices=whole("devices", devices), precision=precision,
+        seed=whole("seed", seed),
+    )  # fmt: skip
+    check_settings(settings)
     check_arguments(
-        objective, data, epochs=epochs, learning_rate=learning_rate, kl_schedule=kl_schedule,
-        gradient_clip=gradient_clip, patience=patience, trackers=trackers, compile=compile,
-        seed=seed, out=out, resume=resume, overwrite=overwrite, tensorboard=tensorboard,
+        data, settings.patience, trackers, out, resume=resume, overwrite=overwrite,
+        tensorboard=tensorboard,
     )  # fmt: skip
     weights = weights_of(vae)
-    fabric = launch("auto" if device is None else str(device), devices, precision)
+    fabric = launch("auto" if device is None else str(device), settings.devices, precision)
     folder = None if out is None else Path(out)
-    with seeded(seed), pyro.get_param_store().scope(), frozen_parameters_allowed():
-        train, valid = sources(vae, data, batch_size, fabric, parameter_dtype(weights, precision))
-        weights.to(fabric.device)
-        if precision == "64-true":
-            weights.double()
-        samples = [batches.first() for batches in (train, valid) if batches is not None]
-        estimators = try_program(vae, objective, samples, compile).estimators
-        try_again(vae, objective, samples[0])
-        parameters = check_parameters(weights, pyro.get_param_store())
-        # on a GPU the fused Adam counts its steps there, where a compiled step would wait for them
-        fused = not (compile and fabric.device.type == "cuda")
-        opt = make_optimizer(optimizer, parameters, learning_rate, fused)
-        schedule = make_scheduler(scheduler, opt)
-        loop = Loop(
-            fabric, MeanTerms(objective, vae.model, vae.guide, compile), weights, opt, schedule,
-            seed=seed, gradient_clip=gradient_clip, kl_schedule=kl_schedule, patience=patience,
-            trackers=trackers,
-        )  # fmt: skip
+    with seeded(settings.seed), pyro.get_param_store().scope(), frozen_parameters_allowed():
+        dtype = parameter_dtype(weights, precision)
+        train, valid = sources(vae, data, settings.batch_size, fabric, dtype)
+        loop, estimators = _make_loop(vae, weights, settings, trackers, fabric, train, valid)
         if folder is not None:
-            settings = {
-                "epochs": epochs, "batch_size": batch_size, "batches": len(train),
-                "objective": describe(objective), "kl_schedule": schedule_settings(kl_schedule),
-                "learning_rate": learning_rate, **optimizer_settings(opt, schedule),
-                "gradient_clip": gradient_clip, "patience": patience, "device": str(fabric.device),
-                "devices": devices, "precision": precision, "seed": seed, "compile": compile,
-                **data_settings(data),
-            }  # fmt: skip
-            _prepare(loop, folder, resume, overwrite, {**(config or {}), "fit": settings}, data)
+            fitting = settings.to_json(
+                loop.optimizer, loop.scheduler, data, len(train), fabric.device
+            )
+            _prepare(loop, folder, resume, overwrite, {**(config or {}), "fit": fitting}, data)
         try:
             stopped = loop.run(
-                train, valid, epochs, folder, tensorboard=tensorboard, progress=progress
+                train, valid, settings.epochs, folder, tensorboard=tensorboard, progress=progress
             )
         except KeyboardInterrupt:
             _say_goodbye(loop, folder)
@@ -202,6 +188,32 @@ def fit(
     if folder is not None and fabric.is_global_zero:
         checkpoint.save_weights(weights, folder / MODEL)
     return Run(state.rows, state.best_epoch, stopped, estimators, folder)
+
+
+def _make_loop(
+    vae: Any,
+    weights: nn.Module,
+    settings: Settings,
+    trackers: Sequence[Tracker],
+    fabric: Fabric,
+    train: Batches,
+    valid: Batches | None,
+) -> tuple[Loop, Mapping[str, str]]:
+    """The loop, once the program has been tried on the device; and the KL estimators it used."""
+    weights.to(fabric.device)
+    if settings.precision == "64-true":
+        weights.double()
+    objective, compile = settings.objective, settings.compile
+    samples = [batches.first() for batches in (train, valid) if batches is not None]
+    estimators = try_program(vae, objective, samples, compile).estimators
+    try_again(vae, objective, samples[0])
+    parameters = check_parameters(weights, pyro.get_param_store())
+    # on a GPU the fused Adam counts its steps there, where a compiled step would wait for them
+    fused = not (compile and fabric.device.type == "cuda")
+    optimizer = make_optimizer(settings.optimizer, parameters, settings.learning_rate, fused)
+    scheduler = make_scheduler(settings.scheduler, optimizer)
+    terms = MeanTerms(objective, vae.model, vae.guide, compile)
+    return Loop(fabric, terms, weights, optimizer, scheduler, settings, trackers), estimators
 
 
 def _prepare(

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -25,16 +24,14 @@ from pyro_vae.training.guard import DIVERGED, Guard, Interruption
 from pyro_vae.training.mean_terms import MeanTerms
 from pyro_vae.training.metrics import MetricsLog, Row, means
 from pyro_vae.training.progress import Progress
+from pyro_vae.training.settings import Settings
 from pyro_vae.training.state import State, random_state, set_random_state
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 1
 VALIDATION = 2**32 - 1  # the key of validation's draws, which no epoch reaches
 STEPS_BETWEEN_LOOKS = 50  # at a GPU's loss: reading it waits for the GPU, and NaN stays in the sums
 STEPS_BETWEEN_TALKS = 20  # of several processes, whether one of them was interrupted
-Tracker = Callable[[int], Mapping[str, float]]
+Tracker = Callable[[int], Mapping[str, float] | None]
 
 
 class Loop:
@@ -47,8 +44,7 @@ class Loop:
         fabric: launched; owns device, precision and processes.
         module: the objective, not yet set up.
         weights: the module whose parameters and buffers are saved.
-        kl_schedule: multiplies the objective's KL weight by its value at the step.
-        patience: epochs without gain in validation loss before training stops.
+        settings: of the run.
         trackers: called with the number of each finished epoch; return figures for its row.
     """
 
@@ -59,11 +55,7 @@ class Loop:
         weights: nn.Module,
         optimizer: Optimizer,
         scheduler: LRScheduler | ReduceLROnPlateau | None,
-        *,
-        seed: int,
-        gradient_clip: float | None,
-        kl_schedule: Callable[[int], float] | None,
-        patience: int | None,
+        settings: Settings,
         trackers: Sequence[Tracker],
     ) -> None:
         self.fabric, self.objective, self.weights = fabric, module.objective, weights
@@ -72,12 +64,15 @@ class Loop:
         # Fabric's wrappers take 40 us a step, and a single process needs none of what they do
         self.module = module if fabric.world_size == 1 else fabric.setup_module(module)
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.seed, self.gradient_clip, self.patience = seed, gradient_clip, patience
-        self.kl_schedule, self.trackers = kl_schedule, trackers
+        self.seed, self.gradient_clip = settings.seed, settings.gradient_clip
+        self.kl_schedule, self.patience = settings.kl_schedule, settings.patience
+        self.trackers = trackers
         self.kl_weight = self._kl_weight()
         self.on_cpu = fabric.device.type == "cpu"
         self.mean_terms = module
-        self.fused = module.step(optimizer, gradient_clip) if fabric.world_size == 1 else None
+        self.fused = None
+        if fabric.world_size == 1:
+            self.fused = module.step(optimizer, settings.gradient_clip)
         self.state = State()
         self.saved_step: int | None = None
 
@@ -234,7 +229,7 @@ class Loop:
                     state.best_weights = checkpoint.copy_weights(self.weights)
         state.position, state.sums = 0, torch.zeros_like(state.sums)
         for tracker in self.trackers:
-            row |= {name: float(value) for name, value in tracker(state.epoch).items()}
+            row |= {name: float(value) for name, value in (tracker(state.epoch) or {}).items()}
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(row.get("valid_loss", row["train_loss"]))
         elif self.scheduler is not None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_vae.objectives import Objective, Terms
 from pyro_vae.training.batches import Batch
+from pyro_vae.training.settings import Compile
 
 if TYPE_CHECKING:
     from pyro_vae.compiled.step import Step
-
-Compile = bool | Literal["auto"]
 
 
 class MeanTerms(nn.Module):

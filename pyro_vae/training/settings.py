@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from pyro_vae.objectives import Objective
 from pyro_vae.provenance import fingerprint
 from pyro_vae.training.batches import as_split
+from pyro_vae.training.folder import describe
 
 # how torch computes an update, which another device may do otherwise
 IMPLEMENTATION = ("foreach", "fused", "capturable")
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+Compile = bool | Literal["auto"]
 PROBES = (0, 1, 10, 100, 1000, 10_000)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `fit` that make a run that run; see there for each."""
+
+    objective: Objective
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: MakeOptimizer | None
+    scheduler: MakeScheduler | None
+    kl_schedule: Callable[[int], float] | None
+    gradient_clip: float | None
+    patience: int | None
+    compile: Compile
+    devices: int
+    precision: str
+    seed: int
+
+    def to_json(
+        self,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        data: Any,
+        batches: int,
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """What is written, and compared when the run is resumed.
+
+        Args:
+            optimizer, scheduler: as made, and not used yet.
+            batches: in an epoch.
+        """
+        names = ("epochs", "batch_size", "learning_rate", "gradient_clip", "patience", "compile",
+                 "devices", "precision", "seed")  # fmt: skip
+        return {
+            **{name: getattr(self, name) for name in names},
+            "batches": batches,
+            "objective": describe(self.objective),
+            "kl_schedule": schedule_settings(self.kl_schedule),
+            "device": str(device),
+            **optimizer_settings(optimizer, scheduler),
+            **data_settings(data),
+        }
 
 
 def data_settings(data: Any) -> dict[str, Any]:
