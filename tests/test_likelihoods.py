@@ -210,8 +210,9 @@ def test_a_value_outside_the_support_has_no_density(name):
     outside = {"normal": np.nan, "laplace": np.nan, "student": np.nan}.get(name.split()[0], -0.5)
     p = likelihood(raws(likelihood, 1)[0])
     assert not p.support.check(torch.tensor([outside]))
-    with pytest.raises(ValueError, match="within the support"):
-        p.log_prob(torch.tensor([outside]))
+    for q in (p, p.expand((2,))):
+        with pytest.raises(ValueError, match="within the support"):
+            q.log_prob(torch.tensor([outside]))
 
 
 @pytest.mark.parametrize("name", CASES)
