@@ -24,7 +24,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from benchmarks import report
+from benchmarks import report, tables
 from pyro_vae.seeding import derive, seeded
 
 COMMAND = "python -m benchmarks.counts"
@@ -145,6 +145,7 @@ def main() -> None:
     results = {"steps": options.steps, "genes": options.genes,
                "num_samples": options.num_samples, "rows": rows}  # fmt: skip
     report.write("counts", COMMAND, results)
+    print(tables.counts(report.read("counts")))
 
 
 if __name__ == "__main__":

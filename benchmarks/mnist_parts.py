@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from benchmarks import report
+from benchmarks import report, tables
 from pyro_vae.objectives import Objective
 from pyro_vae.seeding import derive, seeded
 
@@ -76,6 +76,7 @@ def main() -> None:
     results = {"epochs": options.epochs, "num_samples": options.num_samples,
                "num_test": options.num_test, "rows": rows}  # fmt: skip
     report.write("mnist_parts", COMMAND, results, draw(rows))
+    print(tables.mnist_parts(report.read("mnist_parts")))
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:

@@ -42,7 +42,9 @@ class ContinuousBernoulli(TorchDistribution):
         super().__init__(logits.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ContinuousBernoulli:
-        return ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
+        return ContinuousBernoulli(
+            self.logits.expand(batch_shape), validate_args=self._validate_args
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -116,7 +118,7 @@ class DiscretizedLogistic(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
         loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
-        return DiscretizedLogistic(loc, scale, self.levels, validate_args=False)
+        return DiscretizedLogistic(loc, scale, self.levels, validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -180,7 +182,7 @@ class Poisson(TorchDistribution):
         super().__init__(log_rate.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Poisson:
-        return Poisson(self.log_rate.expand(batch_shape), validate_args=False)
+        return Poisson(self.log_rate.expand(batch_shape), validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -227,7 +229,7 @@ class NegativeBinomial(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NegativeBinomial:
         log_rate, theta = self.log_rate.expand(batch_shape), self.concentration.expand(batch_shape)
-        return NegativeBinomial(log_rate, theta, validate_args=False)
+        return NegativeBinomial(log_rate, theta, validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -326,7 +328,7 @@ class Columnwise(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Columnwise:
         *batch, _ = batch_shape
         parts = [p.expand((*batch, n)) for p, n in zip(self.parts, self.sizes, strict=True)]
-        return Columnwise(parts, validate_args=False)
+        return Columnwise(parts, validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

@@ -42,7 +42,7 @@ class NormalMixture(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NormalMixture:
         """The same mixture with other batch dimensions: its components are not copied."""
-        new = NormalMixture(self.logits, self.loc, self.scale, validate_args=False)
+        new = NormalMixture(self.logits, self.loc, self.scale, validate_args=self._validate_args)
         new._batch_shape = torch.Size(batch_shape)
         return new
 

@@ -254,7 +254,7 @@ def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tenso
     if number > len(start):
         raise ConfigError(f"{number} pseudo-inputs cannot start at {len(start)} rows of data")
     rows = torch.randperm(len(start), generator=generator)[:number]
-    return start[rows.to(start.device)].clone()
+    return start[rows.to(start.device)]
 
 
 class Flow(nn.Module):

@@ -418,13 +418,13 @@ def test_a_discrete_latent_whose_guide_does_not_learn(gradient):
 
         def forward(self, x):
             with pyro.plate("data", 2):
-                k = pyro.sample("k", dist.Bernoulli(0.3))
+                k = pyro.sample("k", dist.Categorical(torch.tensor([0.7, 0.3])))
                 pyro.sample("z", dist.Normal(self.loc + k, 1.0))
 
     def model(x):
         with pyro.plate("data", 2):
-            k = pyro.sample("k", dist.Bernoulli(0.6))
-            z = pyro.sample("z", dist.Normal(k, 1.0))
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.4, 0.6])))
+            z = pyro.sample("z", dist.Normal(k.double(), 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     guide = Guide()

@@ -456,6 +456,9 @@ def test_path_derivatives_refuse_guides_whose_parameters_cannot_be_stopped():
         with pytest.raises(SiteError, match=match):
             objective.differentiable_loss(model, guide, x)
         ELBO(kl="monte_carlo").differentiable_loss(model, guide, x)
+    # the one of them that Pyro's validation is not needed for
+    with pyro.validation_enabled(False), pytest.raises(SiteError, match="plain function"):
+        objective.differentiable_loss(model, registers, x)
 
 
 def test_discrete_guide_sites():

@@ -145,7 +145,7 @@ def test_mixture_has_its_mean_in_every_expansion_and_no_density_of_nan():
     want = (torch.tensor([1.0, 2.0, 0.5, 4.0]) @ loc / 7.5).expand(5, 3)
     torch.testing.assert_close(p.expand((5,)).mean, want)
     with pytest.raises(ValueError, match="within the support"):
-        p.log_prob(torch.full((3,), float("nan")))
+        p.expand((5,)).log_prob(torch.full((3,), float("nan")))
 
 
 def test_mixture_learned_or_fixed():

@@ -160,6 +160,8 @@ def test_evaluating_puts_every_mode_back():
         (torch.ones(2), torch.ones(2), True),
         (torch.ones(2), torch.zeros(2), False),
         (torch.ones(2), torch.ones(3), False),
+        (torch.ones(2), torch.ones(1, 2), False),
+        (1.0, torch.tensor(1.0), True),
     ],
 )
 def test_equal(a, b, same):

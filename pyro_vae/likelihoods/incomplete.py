@@ -98,7 +98,7 @@ class ObservedValues(TorchDistribution):
         return _OrNaN(self.base.support)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ObservedValues:
-        return ObservedValues(self.base.expand(batch_shape), validate_args=False)
+        return ObservedValues(self.base.expand(batch_shape), validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         missing = value.isnan()
