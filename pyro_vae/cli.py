@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from click.core import ParameterSource
@@ -63,6 +63,26 @@ class Scale(click.ParamType):
             return str(value)
 
 
+class Sections(click.Command):
+    """A command whose options are listed under headings; one named here begins the next."""
+
+    headings: ClassVar = {
+        "out": "Run", "data": "Data", "model": "Model", "objective": "Objective",
+        "epochs": "Training",
+    }  # fmt: skip
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        heading = "Options"
+        for param in self.get_params(ctx):
+            heading = self.headings.get(param.name or "", heading)
+            if record := param.get_help_record(ctx):
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="pyro-vae")
 def cli() -> None:
@@ -104,7 +124,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     return value
 
 
-@cli.command()
+@cli.command(cls=Sections)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder to write.")
 @click.option(
     "--config",
@@ -114,11 +134,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     expose_value=False,
     help="JSON file of options (a run's config.json will do); options given here win.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own options.")
 @click.option(
     "--data",
     type=DataSet(),
     default="digits",
-    help="Data set by name, or a .npz, .npy, .csv, .mat file.",
+    help="digits, mnist, fashion_mnist, static_binarized_mnist, frey_faces, omniglot, "
+    "caltech101_silhouettes, or a .npz, .npy, .csv, .mat file.",
 )
 @click.option(
     "--split", default=None, help="Published protocol of splits; default: the data set's."
@@ -182,7 +205,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     default="standard",
     help="Gradient estimator; stl needs --kl monte_carlo or iwae, dreg needs iwae.",
 )
-@click.option("--kl-weight", type=float, default=1.0, help="Beta.")
+@click.option("--kl-weight", type=float, default=1.0, help="Beta, the weight of the KL.")
 @click.option("--free-bits", type=float, default=0.0, help="Nats each latent dimension may keep.")
 @click.option(
     "--num-particles", type=click.IntRange(1), default=1, help="Draws per datum and step."
@@ -210,11 +233,16 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     help="Dimensions of a hierarchical model's latent layers above --latent, from the data up.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=100, help="In all.")
-@click.option("--batch-size", type=click.IntRange(1), default=128)
+@click.option("--batch-size", type=click.IntRange(1), default=128, help="Data a step.")
 @click.option("--learning-rate", type=float, default=1e-3, help="Of Adam.")
 @click.option("--kl-warmup", type=click.IntRange(0), default=0, help="Epochs of linear warm-up.")
 @click.option("--gradient-clip", type=float, default=None, help="Largest norm of the gradient.")
-@click.option("--patience", type=click.IntRange(1), default=None, help="Epochs without gain.")
+@click.option(
+    "--patience",
+    type=click.IntRange(1),
+    default=None,
+    help="Stop after so many epochs without gain in validation, and keep the best weights.",
+)
 @click.option(
     "--log-px-every",
     type=click.IntRange(0),
@@ -223,14 +251,26 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--compile", is_flag=True, help="Fuse the step: slow to start, fast to train.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="32-true")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="32-true",
+    help="Of weights and data; bf16-mixed takes matrix products in bfloat16.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, data and training.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files.")
-@click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own options.")
 @click.pass_context
 def train(ctx: click.Context, out: Path, overwrite: bool, resume: bool, **options: Any) -> None:
-    """Train a VAE into a run folder."""
+    """Train a VAE into a run folder.
+
+    The folder holds config.json, metrics.csv, checkpoint.safetensors (to --resume from) and, in the
+    end, model.safetensors.
+
+    \b
+        pyro-vae train --data digits --latent 10 --out runs/a
+        pyro-vae train --data mnist --prior vamp --patience 20 --out runs/b
+        pyro-vae train --data mine.npy --likelihood normal --binarize none --out runs/c
+    """
     from pyro_vae.recipes import Recipe, build_objective, build_vae, load_data, start
     from pyro_vae.schedules import Warmup
     from pyro_vae.training import fit, track_log_px

@@ -452,6 +452,12 @@ def test_help_names_every_command() -> None:
         assert command in said
         assert "..." not in next(line for line in said.splitlines() if f"  {command} " in line)
         assert "Usage" in run(command, "--help").stdout
+    said = run("train", "--help").stdout
+    headings = [said.index(f"\n{name}:\n") for name in ("Run", "Data", "Model", "Training")]
+    assert headings == sorted(headings)
+    assert headings[1] < said.index("--split") < headings[2]
+    for name in pv.datasets.names():
+        assert name in said
 
 
 def test_interrupted_run_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
