@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +29,7 @@ from pyro_vae.errors import (
     UnknownNameError,
 )
 from pyro_vae.evidence import Settings, draws
+from pyro_vae.evidence.importance import Proposal
 
 
 @pytest.fixture
@@ -51,6 +53,26 @@ def test_agrees_with_the_closed_form_within_its_error(pair: Linear, defensive: f
     assert abs(z.std() - 1) < 4 / math.sqrt(400)
     assert evidence.num_flagged == 0
     assert (evidence.elbo < evidence.log_px).all()
+
+
+@pytest.mark.parametrize("defensive", [0.0, 0.3])
+def test_the_elbo_is_that_of_the_guide(defensive: float) -> None:
+    """Closed form: log p(x) - KL(q || p(z|x)); the inflated draws have no part in it."""
+    pair = Linear.random(features=5, latent=2, shift=0.5, shrink=0.8)
+    x = pair.draw(200)
+    found = pv.log_marginal(pair.model, pair.guide, x, num_samples=300, defensive=defensive)
+    covariance = torch.linalg.inv(pair.precision)
+    shift = 0.5 * covariance.diagonal().sqrt()
+    kl = 0.5 * (2 * 0.64 + shift @ pair.precision @ shift - 2 - 2 * math.log(0.64))
+    error = found.elbo - (pair.log_px(x) - kl).numpy()
+    assert abs(error.mean()) < 4 * error.std() / math.sqrt(200)
+
+
+def test_inflated_draws_are_as_many_as_asked_for_and_spread_evenly() -> None:
+    for share in ("0", "0.1", "0.3", "0.5", "0.7", "0.9"):
+        wide = Proposal(float(share)).wide(1000)
+        counts = wide.cumsum(0).tolist()
+        assert counts == [math.floor(k * Fraction(share)) for k in range(1, 1001)]
 
 
 @pytest.mark.parametrize("num_samples", [1, 7])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence import ais
+from pyro_vae.evidence import ais, importance, methods
 from pyro_vae.evidence.ais import Settings, Space, State
 from pyro_vae.evidence.annealing import Annealer
 from pyro_vae.evidence.ground import undisturbed
@@ -325,6 +325,58 @@ def test_auto_escalates_the_data_that_need_it() -> None:
     np.testing.assert_allclose(again.log_px, found.log_px)
     np.testing.assert_array_equal(again.method, found.method)
     assert "ais" in str(found)
+
+
+def test_auto_keeps_to_the_guide_where_all_draws_would_do() -> None:
+    """A pilot of 200 has too few effective draws, but then 1,000 have enough (tails are light)."""
+    pair = Linear.random(features=5, latent=3, shrink=1.7)
+    x = pair.draw(20)
+    found = pv.log_marginal(pair.model, pair.guide, x, method="auto", num_samples=1000, defensive=0)
+    assert set(found.method) == {"is"}
+    assert (0.2 * found.ess < 100).all(), "of 200 draws, no 100 are effective"
+    assert found.provenance["model_evaluations"] == 20 * (200 + 1000)
+    plain = pv.log_marginal(pair.model, pair.guide, x, num_samples=1000, defensive=0)
+    assert found.convergence.keys() == plain.convergence.keys()
+    assert found.convergence[1000] == pytest.approx(found.mean)
+
+
+def test_auto_counts_the_evaluations_of_all_its_stages() -> None:
+    pair = Linear.random(features=6, latent=6)
+    factor = torch.linalg.cholesky(torch.linalg.inv(pair.precision))
+
+    def guide(x: Tensor) -> None:
+        scale = torch.where(x[:, 0] > pair.b[0], 0.55, 1.0)
+        with pyro.plate("data", len(x)):
+            q = dist.MultivariateNormal(
+                pair.posterior_mean(x), scale_tril=scale[:, None, None] * factor
+            )
+            pyro.sample("z", q)
+
+    x = pair.draw(30)
+    found = pv.log_marginal(pair.model, guide, x, method="auto", num_samples=1000)
+    escalated = (found.method == "is x2").sum()
+    assert 0 < escalated < 30
+    assert set(found.method) == {"is", "is x2"}
+    assert found.provenance["model_evaluations"] == (30 + escalated) * 200 + 30 * 1000
+
+
+def test_every_stage_and_every_pilot_has_draws_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws that chose a proposal would be too good, were they counted."""
+    seeds: dict[int, set[tuple[int, float]]] = {}
+
+    class Spy(methods.Sampler):
+        def weights(self, rows: range) -> importance.Weights:
+            seeds.setdefault(self.seed, set()).add((self.num_samples, self.proposal.inflation))
+            return super().weights(rows)
+
+    monkeypatch.setattr(methods, "Sampler", Spy)
+    pair = Linear.random(features=6, latent=6, shift=4.0, shrink=0.4)
+    settings = Settings(4, 5, 2)
+    pv.log_marginal(
+        pair.model, pair.guide, pair.draw(3), method="auto", num_samples=1000, annealing=settings
+    )
+    assert {pilot for used in seeds.values() for pilot in used} >= {(200, 1.5), (200, 2), (200, 3)}
+    assert all(len(used) == 1 for used in seeds.values())
 
 
 def test_auto_takes_the_grid_in_two_dimensions() -> None:

@@ -39,6 +39,29 @@ def test_paired_differences_are_those_of_the_closed_forms() -> None:
     assert "better" in str(ranked).splitlines()[1]
 
 
+def test_a_difference_of_bounds_has_no_plus_or_minus() -> None:
+    pair = Linear.random(5, 2)
+    sound = evaluate(pair, pair.draw(10))
+    poor = replace(sound, log_px=sound.log_px - 1, flagged=np.arange(10) < 3)
+    for found in (sound.compare(poor), poor.compare(sound)):
+        assert found.num_flagged == 3
+        assert "between lower bounds: 3 of 10 data flagged" in str(found)
+        assert "±" not in str(found)
+    assert "±" in str(sound.compare(sound))
+    best, worse = str(pv.compare({"sound": sound, "poor": poor})).splitlines()[1:]
+    assert best.split()[2:] == [f"{sound.mean:.3f}", "0.000", "0", "0", "0"]
+    assert worse.split()[2:] == [f">={poor.mean:.3f}", "1.000", "0", "unknown", "3"]
+
+
+def test_errors_and_biases_of_a_difference_are_those_of_both() -> None:
+    pair = Linear.random(5, 2)
+    one = evaluate(pair, pair.draw(10))
+    other = replace(one, se=2 * one.se, bias_est=3 * one.bias_est)
+    found = one.compare(other)
+    assert found.se_mc == pytest.approx(math.sqrt(5 * (one.se**2).sum()) / 10)
+    assert found.bias_est == pytest.approx(-2 * one.bias_est.mean())
+
+
 def test_refuses_what_cannot_be_compared() -> None:
     pair = Linear.random(5, 2)
     x = pair.draw(10)

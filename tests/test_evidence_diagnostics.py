@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pyro.distributions as dist
@@ -11,6 +12,7 @@ import torch
 from pyro_vae.evidence import arithmetic, kernels
 from pyro_vae.evidence.diagnostics import (
     checkpoints,
+    is_flagged,
     khat_threshold,
     pareto_khat,
     running_log_mean,
@@ -37,6 +39,23 @@ def test_khat_of_exact_pareto_tails() -> None:
 def test_weights_alike_have_no_tail() -> None:
     assert (pareto_khat(torch.zeros(2, 1000)) == -math.inf).all()
     assert pareto_khat(torch.zeros(2, 20)).isnan().all()
+
+
+def test_few_weights_have_the_figures_of_their_definitions() -> None:
+    """By numpy, for so few weights that one more or less would show."""
+    log_w, wide = torch.randn(4, 7), torch.arange(7) % 3 == 2
+    w = log_w.exp().numpy()
+    found = {name: value.numpy() for name, value in vars(summarize(log_w)).items()}
+    np.testing.assert_allclose(found["log_mean"], np.log(w.mean(1)))
+    relative = w.var(1, ddof=1) / w.mean(1) ** 2
+    np.testing.assert_allclose(found["se"], np.sqrt(relative / 7))
+    np.testing.assert_allclose(found["bias"], -relative / 14)
+    np.testing.assert_allclose(found["ess"], w.sum(1) ** 2 / (w**2).sum(1))
+    np.testing.assert_allclose(found["max_weight"], w.max(1) / w.sum(1))
+    # two strata of fixed sizes: the variance of the sum is the sum of theirs
+    parts = w[:, ~wide], w[:, wide]
+    variance = sum(part.shape[1] * part.var(1, ddof=1) for part in parts) / w.sum(1) ** 2
+    np.testing.assert_allclose(summarize(log_w, wide).se, np.sqrt(variance))
 
 
 def test_jackknife_is_the_definition() -> None:
@@ -162,20 +181,40 @@ def counts_of_images(dtype: torch.dtype) -> tuple[dist.Distribution, torch.Tenso
 def test_thousands_of_nats_are_summed_to_a_thousandth(
     make: Callable[[torch.dtype], tuple[dist.Distribution, torch.Tensor]], with_gradient: bool
 ) -> None:
-    """float32 has steps of 0.004 nats at 40,000; against the same numbers in float64."""
-
-    def log_prob(dtype: torch.dtype) -> torch.Tensor:
-        torch.manual_seed(1)
-        fn, x = make(dtype)
-        base = fn.base_dist
-        parameter = next(base.__dict__[n] for n in ("logits", "loc", "rate") if n in base.__dict__)
-        parameter.requires_grad_(with_gradient)
-        site = {"fn": fn, "value": x, "mask": None, "args": (), "kwargs": {}}
-        return kernels.log_prob(site).detach()
-
-    expected = log_prob(torch.float64)
+    """float32 has steps of 0.004 nats at 40,000; against torch's own density in float64."""
+    seed = torch.get_rng_state()
+    fn, x = make(torch.float32)
+    base = fn.base_dist
+    parameter = next(base.__dict__[n] for n in ("logits", "loc", "rate") if n in base.__dict__)
+    parameter.requires_grad_(with_gradient)
+    site = {"fn": fn, "value": x, "mask": None, "args": (), "kwargs": {}}
+    found = kernels.log_prob(site).detach()
+    torch.set_rng_state(seed)
+    fn, x = make(torch.float64)
+    expected = fn.log_prob(x)
     assert expected.abs().mean() > 5000
-    torch.testing.assert_close(log_prob(torch.float32).double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", [dist.Normal(0.3, 2.0), dist.Bernoulli(logits=0.4)])
+def test_masked_rows_have_no_density(base: dist.Distribution) -> None:
+    fn, mask = base.expand((3, 4)).to_event(1), torch.tensor([True, False, True])
+    x = torch.ones(3, 4)
+    site = {"fn": fn, "value": x, "mask": mask, "args": (), "kwargs": {}}
+    torch.testing.assert_close(kernels.log_prob(site), fn.log_prob(x) * mask)
+
+
+@pytest.mark.parametrize(
+    ("khat", "ess", "flagged"),
+    [
+        (0.69, 101.0, False), (-math.inf, 101.0, False), (0.71, 4000.0, True), (0.1, 99.0, True),
+        (0.71, 99.0, True), (math.nan, 4000.0, True), (0.1, math.nan, True),
+    ],
+)  # fmt: skip
+def test_either_diagnostic_flags(khat: float, ess: float, flagged: bool) -> None:
+    figures = summarize(torch.randn(1, 5000))
+    one = replace(figures, khat=torch.tensor([khat]), ess=torch.tensor([ess]))
+    assert is_flagged(one, 5000).item() is flagged
 
 
 def test_thresholds_and_checkpoints() -> None:

@@ -34,13 +34,16 @@ class Difference:
     num_flagged: int
 
     def __str__(self) -> str:
-        text = (
+        if self.num_flagged:
+            return (
+                f"difference {self.mean:+.3f} nats a datum between lower bounds: "
+                f"{self.num_flagged:,} of {len(self.per_datum):,} data flagged, so its Monte Carlo "
+                f"error is not known; {self.se_total:.2g} over test sets"
+            )
+        return (
             f"difference {self.mean:+.3f} ± {self.se_total:.2g} nats a datum over test sets "
             f"(± {self.se_mc:.2g} Monte Carlo, bias about {self.bias_est:.2g})"
         )
-        if self.num_flagged:
-            text += f"; {self.num_flagged:,} of {len(self.per_datum):,} data flagged: bounds only"
-        return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +70,10 @@ class Comparison:
             zip(self.names, self.evidences, self.differences, strict=True)
         ):
             bound = ">=" if e.num_flagged else ""
+            error = "unknown" if d.num_flagged else format(d.se_mc, ".2g")
             lines.append(
                 f"{rank:>4}  {name:<{width}}  {bound + format(e.mean, '.3f'):>10}  "
-                f"{0.0 - d.mean:>8.3f}  {d.se_total:>7.2g}  {d.se_mc:>7.2g}  {e.num_flagged:>8,}"
+                f"{0.0 - d.mean:>8.3f}  {d.se_total:>7.2g}  {error:>7}  {e.num_flagged:>8,}"
             )
         methods = [methods_used(e) for e in self.evidences]
         if len(set(methods)) > 1:

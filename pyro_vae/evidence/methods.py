@@ -133,7 +133,6 @@ def _where_sound(target: Target, options: Options) -> Results:
         part = _part(target, chosen)
         columns = figures(_sampler(part, options).weights(range(len(chosen))))
         _count(target, part)
-        columns.pop("convergence")
         keep = ~columns["flagged"]
         yield [row for row, kept in zip(chosen, keep, strict=True) if kept], _filter(columns, keep)
 

@@ -72,11 +72,11 @@ def convergence(evidence: Evidence) -> Figure:
     climbs at K is one whose end is a lower bound.
 
     Raises:
-        ConfigError: not all of the data were evaluated by importance sampling with one K.
+        ConfigError: not all of the data were evaluated by importance sampling.
     """
     if not evidence.convergence:
         raise ConfigError(
-            'only an evaluation with method="is" has draws to converge in; this one has '
+            "only an evaluation by importance sampling has draws to converge in; this one has "
             f"{', '.join(sorted(set(evidence.method.tolist())))}"
         )
     figure = style.figure(4.2, 2.8)
