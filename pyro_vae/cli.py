@@ -166,7 +166,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     "--model",
     default="vae",
     help="vae, cvae (class in prior, likelihood and posterior), class_means (class moves the mean "
-    "of the prior), m2 (some labels known), gmvae (clusters) or hierarchical.",
+    "of the prior), m2 (some labels known), m1m2 (the same, of features of a VAE trained before), "
+    "gmvae (clusters) or hierarchical.",
 )
 @click.option("--prior", default="normal", help="p(z): normal, mixture, vamp or flow.")
 @click.option(
@@ -214,23 +215,22 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     "--labels",
     type=click.IntRange(0),
     default=100,
-    help="Training labels that m2 is told; 0 for all that are known, which are those not -1.",
+    help="Training labels that m2 and m1m2 are told; 0 for all that are known: those not -1.",
 )
-@click.option(
-    "--label-weight", type=float, default=0.1, help="Of m2's labels, each times N / labels."
-)
+@click.option("--label-weight", type=float, default=0.1, help="Of each label, times N / labels.")
 @click.option("--clusters", type=click.IntRange(1), default=10, help="Of a gmvae.")
 @click.option(
     "--pretrain",
     type=click.IntRange(0),
     default=50,
-    help="Epochs of the plain VAE that a gmvae starts from.",
+    help="Epochs of the plain VAE that a gmvae starts from, and that is M1 of an m1m2.",
 )
 @click.option(
     "--upper",
     type=Sizes(),
     default="8",
-    help="Dimensions of a hierarchical model's latent layers above --latent, from the data up.",
+    help="Dimensions of a hierarchical model's latent layers above --latent, from the data up; of "
+    "an m1m2's one.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=100, help="In all.")
 @click.option("--batch-size", type=click.IntRange(1), default=128, help="Data a step.")
@@ -514,7 +514,7 @@ def _num_classes(recipe: Any, data: Data) -> int:
     """How many classes the model of a recipe can be asked for."""
     if recipe.model == "gmvae":
         return recipe.clusters
-    return data.num_classes if recipe.model in ("cvae", "class_means", "m2") else 0
+    return data.num_classes if recipe.model in ("cvae", "class_means", "m2", "m1m2") else 0
 
 
 def _part(data: Data, name: str) -> Split:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -50,11 +50,12 @@ class Recipe:
         scale: of a likelihood that has one: a number, "learned", "per_feature" or "predicted".
         kl, gradient, kl_weight, free_bits: see `ELBO` and `IWAE`.
         num_particles: draws per datum and step.
-        labels: training labels that an m2 model is told; 0 for all that are known.
+        labels: training labels that an m2 or m1m2 model is told; 0 for all that are known.
         label_weight: of each of them, in units of N / labels (alpha / N of Kingma et al. 2014).
         clusters: of a gmvae.
-        pretrain: epochs of the plain VAE that a gmvae starts from.
-        upper: dimensions of the latent layers above z_1 of a hierarchical model, from the data up.
+        pretrain: epochs of the plain VAE that a gmvae starts from, and that is M1 of an m1m2.
+        upper: dimensions of the latent layers above z_1 of a hierarchical model, from the data up;
+            the one of the z of an m1m2.
         seed: of the weights, the data's fixed draws, and training.
     """
 
@@ -155,7 +156,8 @@ def build_vae(recipe: Recipe, data: Data) -> Generative:
 
 
 def start(recipe: Recipe, data: Data, vae: Generative, **fitting: Any) -> None:
-    """What a model needs before it is trained: a gmvae, components at the clusters of a plain VAE.
+    """What a model needs before it is trained: a gmvae, components at the clusters of a plain VAE;
+    an m1m2, its M1.
 
     Args:
         fitting: of `fit`, for what is trained here: batch_size, learning_rate, device, precision.
@@ -270,14 +272,37 @@ def _class_means(recipe: Recipe, data: Data) -> Generative:
 
 
 def _m2(recipe: Recipe, data: Data) -> Generative:
-    classes, told = data.num_classes, data.train.context
-    labels = recipe.labels if told is None else int((told != UNKNOWN).sum())
+    classes = data.num_classes
     posterior, likelihood = _parts(recipe, data, classes, classes)
     return variants.SemiSupervisedVAE(
         priors.StandardNormal(recipe.latent), likelihood, posterior,
-        _classifier(recipe, data, classes), classes,
-        recipe.label_weight * len(data.train) / max(1, labels),
+        _classifier(recipe, data, classes), classes, _label_weight(recipe, data),
     )  # fmt: skip
+
+
+def _m1m2(recipe: Recipe, data: Data) -> Generative:
+    """M1 stays as it is while M2 is trained on what it sees (Kingma et al. 2014, section 2.3)."""
+    if len(recipe.upper) != 1:
+        raise ConfigError(f'model="m1m2" has one layer above z_1 (--upper), got {recipe.upper}')
+    posterior, likelihood = (part.requires_grad_(False) for part in _parts(recipe, data))
+    (upper,), latent, classes = recipe.upper, recipe.latent, data.num_classes
+
+    def network(inputs: int, outputs: int) -> nn.Module:
+        return networks.MLP(inputs, recipe.hidden, outputs)
+
+    m2 = variants.SemiSupervisedVAE(
+        priors.StandardNormal(upper),
+        likelihoods.Normal(network(upper + classes, 2 * latent), "predicted"),
+        posteriors.DiagonalNormal(network(latent + classes, 2 * upper)),
+        posteriors.Classifier(network(latent, classes)), classes, _label_weight(recipe, data),
+    )  # fmt: skip
+    return variants.StackedVAE(VAE(priors.StandardNormal(latent), likelihood, posterior), m2)
+
+
+def _label_weight(recipe: Recipe, data: Data) -> float:
+    told = data.train.context
+    labels = recipe.labels if told is None else int((told != UNKNOWN).sum())
+    return recipe.label_weight * len(data.train) / max(1, labels)
 
 
 def _gmvae(recipe: Recipe, data: Data) -> Generative:
@@ -381,6 +406,17 @@ def _start_gmvae(recipe: Recipe, data: Data, vae: Any, **fitting: Any) -> None:
     vae.place(data.train.fixed().x, recipe.seed)
 
 
+def _start_m1m2(recipe: Recipe, data: Data, vae: Any, **fitting: Any) -> None:
+    parts = vae.model.likelihood, vae.guide.features
+    if recipe.pretrain:
+        m1 = VAE(priors.StandardNormal(recipe.latent), *(p.requires_grad_() for p in parts))
+        without = replace(data, train=data.train.given(None))
+        fit(m1, without, epochs=recipe.pretrain, seed=recipe.seed, **fitting)
+        m1.to("cpu")
+    for part in parts:
+        part.requires_grad_(False)
+
+
 def _given_classes(recipe: Recipe, data: Data) -> Data:
     return data.given_classes()
 
@@ -394,6 +430,12 @@ MODELS = {
     "cvae": Model(_cvae, _given_classes, conditional=True),
     "class_means": Model(_class_means, _given_classes, conditional=True),
     "m2": Model(_m2, _given_labels, frozenset({"labels", "label_weight"})),
+    "m1m2": Model(
+        _m1m2,
+        _given_labels,
+        frozenset({"labels", "label_weight", "pretrain", "upper"}),
+        start=_start_m1m2,
+    ),
     "gmvae": Model(_gmvae, options=frozenset({"clusters", "pretrain"}), start=_start_gmvae),
     "hierarchical": Model(_hierarchical, options=frozenset({"upper"})),
 }

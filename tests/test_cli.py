@@ -64,6 +64,7 @@ MODEL_OPTIONS = {
     "cvae": [],
     "class_means": [],
     "m2": ["--labels", "50"],
+    "m1m2": ["--labels", "50", "--pretrain", "1", "--upper", "3"],
     "gmvae": ["--clusters", "4", "--pretrain", "2"],
     "hierarchical": ["--upper", "3,2"],
 }
@@ -82,7 +83,9 @@ def test_every_model_goes_through_every_command(model: str, tmp_path: Path) -> N
     run("plot", folder)
     names = {path.stem for path in (folder / "figures").iterdir()}
     expected = {"training_curves", "reconstructions", "samples", "evidence"}
-    if model == "hierarchical":
+    if model == "m1m2":
+        assert names == expected | {"class_grid"}
+    elif model == "hierarchical":
         assert names == expected
     else:
         assert names == expected | {"latent_map", "class_grid"}

@@ -650,6 +650,16 @@ def test_contexts_reach_encoder_decoder_and_prior():
     assert np.isfinite(cells(plots.samples(vae, SHAPE, 6, context=context).axes[0], 3)).all()
 
 
+def test_a_map_of_a_model_without_a_prior_of_its_own():
+    """p(z_1) of a hierarchy is an integral over the layers above."""
+    layers = DiagonalNormal(MLP(2, [], 4)), DiagonalNormal(MLP(12, [], 4))
+    vae = pv.variants.HierarchicalVAE(
+        StandardNormal(2), layers[:1], Bernoulli(MLP(2, [], 12)), [layers[1], layers[0]]
+    )
+    with pytest.raises(ConfigError, match="HierarchicalVAE states none"):
+        plots.latent_map(vae, binary(3))
+
+
 def test_maps_side_by_side_are_those_of_each():
     vaes = {"one": make_vae(), "two": make_vae(latent=3)}
     x, labels = binary(8), torch.arange(8) % 2

@@ -1,5 +1,6 @@
 """The README says what is so: its code runs, its tables are the results, its links lead on."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -59,6 +60,19 @@ LINKS = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README)
 @pytest.mark.parametrize("target", ["".join(pair) for pair in LINKS])
 def test_links_lead_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
+
+
+def test_pictures_of_the_models_are_those_of_the_notebooks() -> None:
+    spec = importlib.util.spec_from_file_location("models", ROOT / "docs" / "models.py")
+    assert spec is not None
+    assert spec.loader is not None
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    rows = re.findall(r"docs/models/(\w+)\.png.*notebooks/(\w+)\.ipynb", README)
+    assert dict(rows) == {name: notebook for name, (notebook, _) in models.PICTURES.items()}
+    for name, place in models.PICTURES.items():
+        stored = (ROOT / "docs" / "models" / f"{name}.png").read_bytes()
+        assert stored == models.picture(*place), f"{name}: python docs/models.py"
 
 
 def test_the_svi_script_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:

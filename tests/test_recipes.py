@@ -34,6 +34,7 @@ EACH = [
         "hidden": (4, 8),
     },
     {"model": "hierarchical", "upper": (4, 2)},
+    {"model": "m1m2", "labels": 4, "upper": (2,), "network": "conv", "hidden": (4, 8)},
 ]
 
 
@@ -54,12 +55,29 @@ def given(recipe: Recipe) -> Data:
 def test_each_part_builds_and_trains(entries: dict) -> None:
     recipe = Recipe(latent=3, **entries)
     vae = build_vae(recipe, given(recipe))
-    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    before = {n: p.detach().clone() for n, p in vae.named_parameters() if p.requires_grad}
     objective = build_objective(recipe)
     run = pv.fit(vae, given(recipe), objective=objective, epochs=2, batch_size=10)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in run.metrics)
-    moved = [name for name, p in vae.named_parameters() if not torch.equal(p, before[name])]
+    moved = [n for n, p in vae.named_parameters() if n in before and not torch.equal(p, before[n])]
     assert moved == list(before)
+
+
+def test_m1_is_trained_before_m2_and_not_with_it() -> None:
+    recipe = Recipe(model="m1m2", latent=3, hidden=(8,), upper=(2,), pretrain=2)
+    vae = build_vae(recipe, given(recipe))
+    m1 = [*vae.model.likelihood.parameters(), *vae.guide.features.parameters()]
+    m2 = list(vae.m2.parameters())
+    before = [p.detach().clone() for p in m1 + m2]
+    recipes.start(recipe, given(recipe), vae, batch_size=10)
+    started = [p.detach().clone() for p in m1 + m2]
+    assert not any(map(torch.equal, before[: len(m1)], started))
+    assert all(map(torch.equal, before[len(m1) :], started[len(m1) :]))
+    pv.fit(vae, given(recipe), objective=build_objective(recipe), epochs=2, batch_size=10)
+    assert all(map(torch.equal, started[: len(m1)], m1))
+    assert not any(map(torch.equal, started[len(m1) :], m2))
+    with pytest.raises(ConfigError, match="one layer above"):
+        build_vae(replace(recipe, upper=(3, 2)), given(recipe))
 
 
 def test_a_recipe_survives_json_and_its_seed_fixes_the_weights() -> None:

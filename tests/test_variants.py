@@ -32,7 +32,7 @@ from toys import repeat, z_score_between
 
 import pyro_vae as pv
 from pyro_vae import ELBO
-from pyro_vae.errors import AnalyticKLError, ConfigError, DataError, ShapeError
+from pyro_vae.errors import AnalyticKLError, ConfigError, DataError, ShapeError, SupportError
 from pyro_vae.likelihoods import Bernoulli, Normal
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import Classifier, DiagonalNormal
@@ -42,6 +42,7 @@ from pyro_vae.variants import (
     HierarchicalVAE,
     SemiSupervisedVAE,
     StackedVAE,
+    Unconditional,
     encoded,
 )
 
@@ -222,6 +223,7 @@ def test_generated_data_have_the_model_s_moments(make):
         (torch.tensor([True, False, True, True]), "whole numbers"),
         (torch.eye(3)[[0, 1, 2, 0]], "whole numbers, -1 where"),
         (torch.zeros(4), "whole numbers"),
+        (torch.zeros(4, 1, dtype=torch.long), r"shape \(4, 1\)"),
     ],
 )
 def test_labels_that_are_none(labels, words):
@@ -251,6 +253,22 @@ def test_an_unknown_class_is_not_the_last_one():
     for ask in asked:
         with pytest.raises(DataError, match=r"y\[1\] = -1"):
             ask()
+
+
+def test_a_part_without_its_context_keeps_its_manners():
+    """It refuses the same data, and starts at the same mean; a bare callable takes all."""
+    vae = GaussianMixtureVAE(Bernoulli(MLP(1, [], 2)), DiagonalNormal(MLP(2, [], 2)), 3, 1)
+    with pytest.raises(SupportError, match=r"x\[0, 0\] = 0\.3"):
+        pv.fit(vae, X.abs(), epochs=1, batch_size=2, progress=False)
+    vae.likelihood.initialize(torch.tensor([0.25, 0.5]))
+    started = vae.decode(torch.zeros(1)).mean.detach()
+    torch.testing.assert_close(started, torch.tensor([0.25, 0.5]))
+    bare = Unconditional(lambda z: pyro.distributions.Normal(z, 1.0).to_event(1))
+    bare.check(X)
+    bare.initialize(X.mean(0))
+    with pytest.raises(DataError, match="finite"):
+        bare.check(X / 0)
+    assert bare(X, Y).mean is X
 
 
 @pytest.mark.parametrize("number", [2, 4])

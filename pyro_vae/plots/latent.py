@@ -56,7 +56,8 @@ def latent_map(
 
     Raises:
         DataError, ShapeError: `x` is empty; there are not as many labels or contexts as data.
-        ConfigError: the prior needs a context.
+        ConfigError: the prior needs a context, or the model states none (that of z_1 in a
+            hierarchy is an integral).
     """
     data = as_input(vae, x)
     classes = None if labels is None else _as_labels(labels, len(data))
@@ -127,6 +128,10 @@ def _map(
 
 def _prior(vae: Any, context: Tensor | None) -> Distribution:
     """p(z), or the mean of p(z|context) over the contexts."""
+    if not hasattr(vae, "prior"):
+        raise ConfigError(
+            f"a latent map needs the prior of what is encoded, and {type(vae).__name__} states none"
+        )
     if context is None:
         prior = vae.prior()
         if prior.batch_shape:
