@@ -416,7 +416,8 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
     "--data",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     required=True,
-    help=".npz of x, NaN where missing, and perhaps a boolean mask, True where observed; or .npy.",
+    help=".npz of x, NaN where missing, and perhaps a boolean mask, True where observed; .npy; or "
+    ".csv, its empty cells missing.",
 )
 @click.option("--num-imputations", type=click.IntRange(1), default=20, help="Of every datum.")
 @click.option(
@@ -426,7 +427,7 @@ def sample(run: Path, num: int, seed: int, overwrite: bool) -> None:
     help="Metropolis within Gibbs, importance resampling, or pseudo-Gibbs.",
 )
 @click.option("--num-samples", type=click.IntRange(1), default=500, help="Importance draws.")
-@click.option("--num-sweeps", type=click.IntRange(1), default=100, help="Of every chain.")
+@click.option("--num-sweeps", type=click.IntRange(1), default=50, help="Of every chain.")
 @click.option("--allow-empty", is_flag=True, help="Draw data of which nothing is observed.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws.")
 @click.option(
@@ -458,15 +459,16 @@ def impute(run: Path, data: Path, out: Path | None, overwrite: bool, **options: 
             raise ShapeError(
                 f"{data} has {x[0].numel()} values a row, the model of {run} {trained_on.features}"
             )
-        shape, x = x.shape, x.flatten(1)
-        if mask is not None and mask.shape == shape:
-            mask = mask.flatten(1)
+        if mask is not None and mask.shape in (x.shape, x.shape[1:]):  # of all data or of one
+            mask = mask.flatten(mask.dim() - x.dim() + 1)
+        x = x.flatten(1)
         found = pv.impute(vae.model, vae.guide, x, mask=mask, **options)
         write_imputations(file, found)
-    holes = int((~found.observed).sum())
+    holes, flagged = int((~found.observed).sum()), int(found.flagged.sum())
+    more = "--num-samples" if found.method == "importance" else "--num-sweeps"
     click.echo(
         f"{holes:,} values of {len(x):,} data filled in {len(found.values)} times, "
-        f"{int(found.flagged.sum()):,} data flagged"
+        f"{flagged:,} data flagged" + f": raise {more}" * (flagged > 0)
     )
     click.echo(f"Written to {out}: values, mean, low and high of 90%, observed, and diagnostics")
 

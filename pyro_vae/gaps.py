@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from pyro.distributions import MultivariateNormal, Normal
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_vae import programs
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence.ground import prepare, undisturbed
+from pyro_vae.evidence.ground import at_least, prepare, undisturbed
 from pyro_vae.evidence.marginal import log_marginal
 from pyro_vae.evidence.target import Target
+from pyro_vae.hamiltonian import is_real
 from pyro_vae.programs import Site
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.typing import Program
@@ -109,11 +109,9 @@ def inference_gaps(
     """
     if family not in ("diagonal", "full_rank"):
         raise ConfigError(f'family is "diagonal" or "full_rank", got {family!r}')
-    for name, value in (("num_particles", num_particles), ("num_samples", num_samples)):
-        if value < 2:
-            raise ConfigError(f"{name} must be at least 2, got {value}")
-    if num_steps < 1:
-        raise ConfigError(f"num_steps must be at least 1, got {num_steps}")
+    at_least("num_particles", num_particles, 2)
+    at_least("num_samples", num_samples, 2)
+    at_least("num_steps", num_steps, 1)
     evidence = log_marginal(
         model, guide, x, *args, num_samples=num_samples, method="auto", seed=seed, progress=False
     )
@@ -221,15 +219,8 @@ def _guide_moments(target: Target) -> tuple[dict[str, Site], dict[str, Tensor]]:
 
 
 def _check_real(name: str, site: Site) -> None:
-    if not is_real(site["fn"].support):
+    if not is_real(site["fn"]):
         raise SiteError(
             f'latent site "{name}" takes values in {site["fn"].support}, and the best Normal is of '
             "real ones"
         )
-
-
-def is_real(support: constraints.Constraint) -> bool:
-    """Whether values are vectors of unconstrained numbers."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real

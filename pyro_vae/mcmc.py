@@ -16,7 +16,8 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence.ground import prepare, undisturbed
+from pyro_vae.evidence.ground import at_least, prepare, undisturbed
+from pyro_vae.evidence.sites import check_support, explained
 from pyro_vae.inference_data import convergence
 from pyro_vae.programs import Pair
 from pyro_vae.seeding import derive, seeded
@@ -84,13 +85,12 @@ def nuts(
 
     Raises:
         ConfigError: a number is too small.
+        DataError, SupportError: the model does not run on `x`, or gives it no density.
         SiteError: a latent site is discrete, or there is none.
     """
-    if num_chains < 2 or num_samples < 4 or warmup_steps < 1:
-        raise ConfigError(
-            "nuts needs num_chains >= 2, num_samples >= 4 and warmup_steps >= 1, got "
-            f"{num_chains}, {num_samples} and {warmup_steps}"
-        )
+    at_least("num_chains", num_chains, 2)
+    at_least("num_samples", num_samples, 4)
+    at_least("warmup_steps", warmup_steps, 1)
     if not 0 < target_accept < 1:
         raise ConfigError(f"target_accept lies between 0 and 1, got {target_accept}")
     x, args = prepare(model, model, x, args)
@@ -125,9 +125,12 @@ def _run(
 
 
 def _check_sites(model: Program, *args: Any) -> None:
-    with seeded(0):
+    with seeded(0), explained("model", args, 1):
         sites = Pair(model, model, args).sites_at(model, {})
     latent = {name: site for name, site in sites.items() if not site["is_observed"]}
+    for name in sites.keys() - latent.keys():
+        plate = -max(1, len(sites[name]["fn"].batch_shape))  # the outermost
+        check_support(name, sites[name], plate, range(len(args[0])))
     if not latent:
         raise SiteError("the model has no latent site to sample")
     for name, site in latent.items():

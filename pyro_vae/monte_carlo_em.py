@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from pyro_vae import programs
+from pyro_vae import hamiltonian, programs
 from pyro_vae.errors import ConfigError, NonFiniteError, SiteError
-from pyro_vae.evidence.marginal import prepare
-from pyro_vae.gaps import is_real
+from pyro_vae.evidence.ground import at_least, prepare
+from pyro_vae.evidence.sites import check_support, explained
+from pyro_vae.hamiltonian import is_real
 from pyro_vae.programs import Pair, Site
 from pyro_vae.seeding import seeded
+from pyro_vae.typing import Program
 
 Draws = dict[str, Tensor]
 ADAPTATION = 0.5  # of the logarithm of the step size, per unit of acceptance
 
 
 def mcem(
-    model: nn.Module,
+    model: Program,
     x: Any,
     *args: Any,
     epochs: int = 10,
@@ -43,7 +45,8 @@ def mcem(
     of the decoder. The step size is one for all data, adapted to the acceptance.
 
     Args:
-        model: of `x` and `args`, in one plate as long as `x`; its latent sites real.
+        model: of `x` and `args`, in one plate as long as `x`, made of modules; its latent sites
+            real.
         x: data `(N, ...)`.
         args: further arguments; tensors of length N are taken by row.
         epochs, batch_size: visits of every datum, and data visited at once.
@@ -56,21 +59,22 @@ def mcem(
 
     Raises:
         ConfigError: a number is too small, or the model has no parameters.
+        DataError, SupportError: the model does not run on `x`, or gives it no density.
         SiteError: a latent site is not real, or not one for each row in one plate.
         NonFiniteError: log p(x, z) is not finite at an update.
     """
     numbers = {"epochs": epochs, "batch_size": batch_size, "num_leapfrog": num_leapfrog,
                "num_updates": num_updates}  # fmt: skip
     for name, number in numbers.items():
-        if number < 1:
-            raise ConfigError(f"{name} must be at least 1, got {number}")
+        at_least(name, number, 1)
     if not 0 < target_accept < 1:
         raise ConfigError(f"target_accept lies between 0 and 1, got {target_accept}")
     x, args = prepare(model, model, x, args)
     with seeded(seed), pyro.get_param_store().scope(), pyro.validation_enabled(False):
         joint = _Joint(model, x, args)
         z = joint.from_prior()
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        modules = programs.modules_of(model)
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         if not parameters:
             raise ConfigError("the model has no parameters to train")
         opt, log_step, history = optimizer(parameters), math.log(0.1), []
@@ -104,7 +108,7 @@ def _update(joint: _Joint, rows: Tensor, z: Draws, optimizer: Optimizer) -> floa
 class _Joint:
     """log p(x, z) of some rows, and Hamiltonian moves of their z."""
 
-    def __init__(self, model: nn.Module, x: Tensor, args: Sequence[Any]) -> None:
+    def __init__(self, model: Program, x: Tensor, args: Sequence[Any]) -> None:
         self.model, self.x, self.args = model, x, args
 
     def from_prior(self) -> Draws:
@@ -113,13 +117,16 @@ class _Joint:
         Raises:
             SiteError: see `mcem`.
         """
-        with torch.no_grad():
-            sites = self._sites(torch.arange(len(self.x), device=self.x.device), {})
+        rows = range(len(self.x))
+        with torch.no_grad(), explained("model", (self.x, *self.args), 1):
+            sites = self._sites(torch.as_tensor(rows, device=self.x.device), {})
         latent = {name: site for name, site in sites.items() if not site["is_observed"]}
+        for name in sites.keys() - latent.keys():
+            check_support(name, sites[name], -1, rows)
         for name, site in latent.items():
             if programs.log_prob(site).shape != (len(self.x),):
                 raise SiteError(f'latent site "{name}" is not one for each row, in one plate')
-            if not is_real(site["fn"].support):
+            if not is_real(site["fn"]):
                 raise SiteError(f'latent site "{name}" is not real, so no gradient moves it')
         return {name: site["value"].clone() for name, site in latent.items()}
 
@@ -131,30 +138,12 @@ class _Joint:
     def transition(
         self, rows: Tensor, z: Draws, step: float, num_leapfrog: int
     ) -> tuple[Draws, float]:
-        """A Hamiltonian transition of every row (Neal 2011, fig. 2), and their mean acceptance."""
-        momentum = {name: torch.randn_like(value) for name, value in z.items()}
-        log_p, slope = self._slope(rows, z)
-        before = log_p - _kinetic(momentum)
-        moved = z
-        for _ in range(num_leapfrog):
-            momentum = {n: p + 0.5 * step * slope[n] for n, p in momentum.items()}
-            moved = {n: v + step * momentum[n] for n, v in moved.items()}
-            log_p, slope = self._slope(rows, moved)
-            momentum = {n: p + 0.5 * step * slope[n] for n, p in momentum.items()}
-        odds = (log_p - _kinetic(momentum) - before).nan_to_num(nan=-math.inf)
-        accepted = torch.rand_like(odds).log() < odds
-        chosen = {
-            name: torch.where(accepted.reshape(-1, *(1,) * (old.dim() - 1)), moved[name], old)
-            for name, old in z.items()
-        }
-        return chosen, odds.clamp(max=0.0).exp().mean().item()
-
-    def _slope(self, rows: Tensor, z: Draws) -> tuple[Tensor, Draws]:
-        """log p(x, z), and its gradient by z."""
-        leaves = {name: value.detach().requires_grad_() for name, value in z.items()}
-        log_p = self.log_p(rows, leaves)
-        slopes = torch.autograd.grad(log_p.sum(), list(leaves.values()))
-        return log_p.detach(), dict(zip(leaves, slopes, strict=True))
+        """A Hamiltonian transition of every row, and their mean acceptance."""
+        axes = {name: -value.dim() for name, value in z.items()}
+        z, accepted = hamiltonian.move(
+            lambda moved: self.log_p(rows, moved), axes, z, step, num_leapfrog
+        )
+        return z, accepted.mean().item()
 
     def _sites(self, rows: Tensor, z: Draws) -> dict[str, Site]:
         size = len(self.x)
@@ -163,7 +152,3 @@ class _Joint:
             for a in (self.x, *self.args)
         ]
         return Pair(self.model, self.model, args).sites_at(self.model, z)
-
-
-def _kinetic(momentum: Draws) -> Tensor:
-    return torch.stack([0.5 * p.square().flatten(1).sum(1) for p in momentum.values()]).sum(0)

@@ -8,7 +8,7 @@ import torch
 from evidence_pairs import Linear
 
 import pyro_vae as pv
-from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.errors import ConfigError, DataError, SiteError, SupportError
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,25 @@ def test_what_nuts_cannot_sample():
         pv.nuts(discrete, torch.zeros(3))
     with pytest.raises(SiteError, match="no latent site"):
         pv.nuts(nothing, torch.zeros(3))
-    with pytest.raises(ConfigError, match="num_chains >= 2"):
-        pv.nuts(nothing, torch.zeros(3), num_chains=1)
+    for name, number in (("num_chains", 1), ("num_samples", 3), ("warmup_steps", 2.5)):
+        with pytest.raises(ConfigError, match=rf"{name} must be .*, got {number}"):
+            pv.nuts(nothing, torch.zeros(3), **{name: number})
     with pytest.raises(ConfigError, match="target_accept"):
         pv.nuts(nothing, torch.zeros(3), target_accept=1.0)
+
+
+def test_nuts_is_not_asked_about_impossible_data():
+    vae = pv.VAE(
+        pv.priors.StandardNormal(1),
+        pv.likelihoods.Bernoulli(torch.nn.Linear(1, 2)),
+        pv.posteriors.DiagonalNormal(torch.nn.Linear(2, 2)),
+    )
+    for value, place in ((0.5, "0.5"), (float("nan"), "nan")):
+        x = torch.tensor([[1.0, 0.0], [1.0, value]])
+        with pytest.raises(SupportError, match=rf"row 1, position \[1\] = {place}"):
+            pv.nuts(vae.model, x, num_samples=4, warmup_steps=1, num_chains=2)
+    with pytest.raises(DataError, match="does not run"):
+        pv.nuts(lambda x, context: None, x, num_samples=4, warmup_steps=1, num_chains=2)
 
 
 def closed_forms(p: Linear) -> tuple[float, float]:

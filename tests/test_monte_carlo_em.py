@@ -8,7 +8,7 @@ from scipy import optimize
 from toys import LinearModel, linear_data, z_scores
 
 import pyro_vae as pv
-from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.errors import ConfigError, DataError, SiteError, SupportError
 from pyro_vae.monte_carlo_em import _Joint
 
 
@@ -93,7 +93,22 @@ def test_what_mcem_cannot_train():
         pv.mcem(Positive(), x)
     with pytest.raises(SiteError, match='"z" is not one for each row'):
         pv.mcem(Shared(), x)
-    with pytest.raises(ConfigError, match="epochs"):
-        pv.mcem(Shared(), x, epochs=0)
+
+    class Coins(torch.nn.Module):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+    for value in (0.5, float("nan")):
+        with pytest.raises(SupportError, match=f"row 1, .*{value}"):
+            pv.mcem(Coins(), torch.tensor([1.0, value]))
+    with pytest.raises(ConfigError, match="no parameters"):
+        pv.mcem(Coins(), torch.ones(3))
+    with pytest.raises(DataError, match="does not run"):
+        pv.mcem(Coins(), torch.ones(3), torch.ones(3))
+    for epochs in (0, 2.5):
+        with pytest.raises(ConfigError, match=f"epochs .* got {epochs}"):
+            pv.mcem(Shared(), x, epochs=epochs)
     with pytest.raises(ConfigError, match="target_accept"):
         pv.mcem(Shared(), x, target_accept=1.0)

@@ -14,7 +14,7 @@ def found(rows=3, features=12):
     observed = torch.ones(rows, features, dtype=torch.bool)
     observed[:, 6:] = False
     nothing = torch.zeros(rows)
-    return pv.Imputations(values, observed, values.mean(0), "gibbs", nothing, nothing, nothing)
+    return pv.Imputations(values, observed, values.mean(0), "gibbs", *[nothing] * 4)
 
 
 def test_imputations_stand_under_what_was_observed():

@@ -68,7 +68,8 @@ def _as_tensor(x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x
     try:
-        return torch.as_tensor(np.array(x))
+        masked = isinstance(x, np.ma.MaskedArray)
+        return torch.as_tensor(x.filled(np.nan) if masked else np.array(x))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"x must be an array of numbers, a datum a row, or a Split; got {type(x).__name__}: "

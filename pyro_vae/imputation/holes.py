@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae import programs
+from pyro_vae import hamiltonian, programs
 from pyro_vae.errors import ShapeError, SiteError
 from pyro_vae.evidence.sites import check_support
 from pyro_vae.evidence.target import Target
+from pyro_vae.hamiltonian import is_real
 from pyro_vae.likelihoods.incomplete import by_value
 from pyro_vae.programs import Pair, Site
 from pyro_vae.typing import Program
@@ -51,6 +53,10 @@ class State:
             axis = holes.target.axis(name)
             z[name] = value.movedim(0, axis - 1).flatten(axis - 1, axis)
         return State(z, self.x.flatten(0, 1), self.mean.flatten(0, 1))
+
+    def unflatten(self, shape: torch.Size) -> State:
+        """What `flatten` made of `(draws, rows)` states; without their latent variables."""
+        return State({}, self.x.unflatten(0, shape), self.mean.unflatten(0, shape))
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,11 @@ class Holes:
                 f"the guide does not draw the latent sites {sorted(target.supports)}, which impute "
                 "does not sum over: draw them there"
             )
+        if extra := target.guide_sites - target.model_sites:
+            raise SiteError(
+                f"the guide draws {sorted(extra)}, which the model does not have, so that its "
+                "draws of the others have no density to be weighed by"
+            )
         name = _data_site(target, x, site)
         holes = cls(target, name, x, filled, args, range(len(x)))
         return replace(holes, filled=x) if holes._guide_takes_nan() else holes
@@ -115,19 +126,31 @@ class Holes:
         return replace(self, x=again(self.x), filled=again(self.filled), args=args)
 
     def draw(self, num_samples: int) -> tuple[State, Tensor]:
-        """Draws from the guide, and log p(x_obs, z) - log q(z), `(num_samples, rows)`."""
-        pair = self._pair(self.filled, num_samples)
+        """Draws, and the log of p(x_obs, z) over the density that they come from, both draws first.
+
+        Half of them are the prior's (a single one is the guide's). So no weight exceeds
+        2 p(x_obs|z), however little the guide knows of holes, and where the weights are uneven
+        their effective number says so (defensive mixture: Hesterberg 1995).
+        """
+        pair, half = self._pair(self.filled, num_samples), num_samples // 2
         drawn = pair.sites_at(self.target.guide, {})
+        if half:
+            prior = pair.sites_at(self.target.model, {})
+            z = {n: torch.cat([prior[n]["value"][:half], drawn[n]["value"][half:]]) for n in drawn}
+            drawn = pair.sites_at(self.target.guide, z)
         z = {name: site["value"] for name, site in drawn.items()}
         sites = pair.sites_at(self.target.model, z)
-        lead = (num_samples, *self.x.shape)
-        x, mean = self._complete(sites[self.site], lead)
+        x, mean = self._complete(sites[self.site], (num_samples, *self.x.shape))
         seen = {**sites[self.site], "value": x[0]}
         check_support(self.site, seen, self.target.plate, self.rows)
-        log_w = self._log_observed(sites, x) - self._sum(drawn)
+        log_q = self._sum(drawn)
+        if half:
+            log_prior = self._sum({name: sites[name] for name in drawn})
+            share = half / num_samples
+            log_q = torch.logaddexp(log_q + math.log1p(-share), log_prior + math.log(share))
         if num_samples == 1:
             z = {name: value.unsqueeze(0) for name, value in z.items()}
-        return State(z, x, mean), log_w
+        return State(z, x, mean), self._log_observed(sites, x) - log_q
 
     def sweep(self, state: State, correct: bool) -> tuple[State, Tensor]:
         """z given x, by the guide's proposal, then x_mis given z; and which rows moved.
@@ -149,6 +172,37 @@ class Holes:
             z = {name: self._where(name, moved, z[name], state.z[name]) for name in z}
         x, mean = self._complete(pair.sites_at(self.target.model, z)[self.site], self.x.shape)
         return State(z, x, mean), moved
+
+    def move(self, state: State, step: Tensor, num_leapfrog: int) -> tuple[State, Tensor]:
+        """A Hamiltonian move of the real latent sites towards p(z|x_obs), then x_mis given z.
+
+        Args:
+            step: size of a leapfrog step, `(rows,)`.
+
+        Returns:
+            The state, and the probability with which each row was to move, `(rows,)`.
+        """
+        pair = self._pair(state.x, 1)
+
+        def log_p(z: Mapping[str, Tensor]) -> Tensor:
+            sites = pair.sites_at(self.target.model, {**state.z, **z})
+            return self._log_observed(sites, state.x).squeeze(0)
+
+        real = {name: state.z[name] for name in self.real_sizes(state)}
+        axes = {name: self.target.axis(name) for name in real}
+        real, rate = hamiltonian.move(log_p, axes, real, step, num_leapfrog)
+        z = {**state.z, **real}
+        x, mean = self._complete(pair.sites_at(self.target.model, z)[self.site], self.x.shape)
+        return State(z, x, mean), rate
+
+    def real_sizes(self, state: State) -> dict[str, int]:
+        """The latent sites that are vectors of unconstrained numbers, and how many of a row's."""
+        sites = self._pair(state.x, 1).sites_at(self.target.model, state.z)
+        return {
+            name: value.numel() // len(self.x)
+            for name, value in state.z.items()
+            if is_real(sites[name]["fn"])
+        }
 
     def draw_from_model(self, num_samples: int) -> State:
         """Whole data from the model itself, nothing observed; without their latent variables."""

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import (
-    ConfigError,
-    DataError,
-    NonFiniteError,
-    ShapeError,
-    UnknownNameError,
-)
+from pyro_vae.errors import DataError, NonFiniteError, ShapeError, UnknownNameError
 from pyro_vae.evidence.diagnostics import MIN_ESS
-from pyro_vae.evidence.ground import prepare, undisturbed
+from pyro_vae.evidence.ground import at_least, prepare, undisturbed
+from pyro_vae.imputation.chains import run_chains
 from pyro_vae.imputation.holes import Holes
 from pyro_vae.imputation.result import Imputations
 from pyro_vae.likelihoods.incomplete import check_rows
@@ -26,7 +20,7 @@ from pyro_vae.seeding import derive, seeded
 from pyro_vae.typing import Program
 
 METHODS = ("metropolis", "importance", "gibbs")
-LEAST_ACCEPTANCE = 0.02
+AGREEMENT = 1.1  # R-hat below which chains agree
 VALUES_AT_ONCE = 2**21  # of drawn data; decides the rows at once, so part of what a seed means
 
 
@@ -39,7 +33,7 @@ def impute(
     mask: Any = None,
     method: str = "metropolis",
     num_samples: int = 500,
-    num_sweeps: int = 100,
+    num_sweeps: int = 50,
     site: str | None = None,
     allow_empty: bool = False,
     seed: int = 0,
@@ -56,10 +50,13 @@ def impute(
     Args:
         model, guide: any Pyro programs of `x` and `args` whose latent variables belong to one
             datum each (see `log_marginal`), all of them drawn by the guide.
-        x: `(N, ...)`, NaN where missing; a tensor, a `Split` or an array.
+        x: `(N, ...)`, NaN where missing; a tensor, a `Split` or an array, of which NumPy's masked
+            ones will do.
         args: further arguments of the programs; tensors of length N are taken by row.
         num_imputations: M, completions of every datum.
-        mask: `(N, ...)`, boolean, True where a value is observed, beside the NaN in `x`.
+        mask: boolean, True where a value is observed, beside the NaN in `x`: of the shape of `x`,
+            or of one that broadcasts to it, such as that of one datum. What `x` holds where it is
+            False does not matter.
         method: "metropolis", "importance" or "gibbs": see the module.
         num_samples: importance draws of every datum. Every method begins with a resample of them.
         num_sweeps: of the M chains that "metropolis" and "gibbs" run for every datum. Their last
@@ -89,43 +86,36 @@ def impute(
             torch.manual_seed(derive(seed, start))
             part = holes.take(range(start, min(start + step, len(x))))
             parts.append(_impute(part, num_imputations, method, num_samples, num_sweeps))
-    values, mean, ess, acceptance = (
+    values, mean, ess, acceptance, rhat = (
         torch.cat(column, 1 if i == 0 else 0) for i, column in enumerate(zip(*parts, strict=True))
     )
-    if method == "importance":
-        flagged = ess < max(num_imputations, MIN_ESS)
-    else:
-        flagged = acceptance < LEAST_ACCEPTANCE
-    return Imputations(values, observed, mean, method, ess, acceptance, flagged)
+    trusted = ess >= max(num_imputations, MIN_ESS) if method == "importance" else rhat < AGREEMENT
+    flagged = ~trusted & ~observed.flatten(1).all(1)
+    return Imputations(values, observed, mean, method, ess, acceptance, rhat, flagged)
 
 
 def _impute(
     holes: Holes, num_imputations: int, method: str, num_samples: int, num_sweeps: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values, mean, effective draws and acceptance of some rows."""
+) -> tuple[Tensor, ...]:
+    """Values, mean, effective draws, acceptance and R-hat of some rows."""
     draws, log_w = holes.draw(num_samples)
     weights = _normalized(log_w, holes)
     chosen = torch.multinomial(weights.T, num_imputations, replacement=True).T
-    state = draws.select(chosen, holes)
-    acceptance = torch.full_like(weights[0], torch.nan)
-    if method != "importance":
-        chains = holes.repeat(num_imputations)
-        state = state.flatten(holes)
-        accepted = torch.zeros(len(chains.x), device=weights.device)
-        for _ in range(num_sweeps):
-            state, moved = chains.sweep(state, correct=method == "metropolis")
-            accepted += moved
-        acceptance = accepted.double().unflatten(0, chosen.shape).mean(0) / num_sweeps
-        state = replace(state, x=state.x.unflatten(0, chosen.shape),
-                        mean=state.mean.unflatten(0, chosen.shape))  # fmt: skip
-    values, mean, ess = state.x, state.mean, 1 / weights.square().sum(0)
+    state, ess = draws.select(chosen, holes), 1 / weights.square().sum(0)
+    if method == "importance":
+        acceptance = rhat = torch.full_like(ess, torch.nan)
+    else:
+        state, acceptance, rhat = run_chains(holes, state, num_sweeps, method == "metropolis")
+    values, mean = state.x, state.mean
     empty = ~holes.observed.flatten(1).any(1)
     if empty.any():  # of which the model itself is the posterior
         drawn = holes.draw_from_model(num_imputations)
         values[:, empty], mean[:, empty] = drawn.x[:, empty], drawn.mean[:, empty]
-        ess[empty], acceptance[empty] = math.inf, acceptance[empty].clamp(min=1.0)
+        ess[empty] = math.inf
+        if method != "importance":
+            acceptance[empty] = rhat[empty] = 1.0
     mean = torch.where(holes.observed, holes.x, mean.mean(0))
-    return values, mean, ess, acceptance
+    return values, mean, ess, acceptance, rhat
 
 
 def _normalized(log_w: Tensor, holes: Holes) -> Tensor:
@@ -135,34 +125,41 @@ def _normalized(log_w: Tensor, holes: Holes) -> Tensor:
         row = int(weights.isnan().any(0).nonzero()[0])
         raise NonFiniteError(
             f"the importance weights of datum {holes.rows[row]} are NaN, or all zero: no draw "
-            "of the guide explains what is observed; check the datum and the parameters"
+            "explains what is observed; check the datum and the parameters"
         )
     return weights
 
 
 def _observed(x: Tensor, mask: Any) -> Tensor:
     """Where values are: not NaN, and not masked."""
+    if x.dim() < 2:
+        raise ShapeError(f"x has a datum a row, (N, ...), but its shape is {tuple(x.shape)}")
     if not x.is_floating_point():
         raise DataError(f"x must be floating point, to hold NaN, got {x.dtype}")
-    if x.isinf().any():
-        place = tuple(x.isinf().nonzero()[0].tolist())
+    observed = ~x.isnan()
+    if mask is not None:
+        observed &= _mask(mask, x)
+    if (infinite := x.isinf() & observed).any():
+        place = tuple(infinite.nonzero()[0].tolist())
         raise DataError(f"observed values must be finite, but x{list(place)} = {x[place].item()}")
-    if mask is None:
-        return ~x.isnan()
-    mask = torch.as_tensor(mask if isinstance(mask, Tensor) else np.asarray(mask))
-    if mask.dtype != torch.bool:
-        raise DataError(f"a mask is boolean, True where observed, got {mask.dtype}")
-    if mask.shape != x.shape:
-        raise ShapeError(f"a mask of shape {tuple(mask.shape)} for x of {tuple(x.shape)}")
-    return mask.to(x.device) & ~x.isnan()
+    return observed
+
+
+def _mask(mask: Any, x: Tensor) -> Tensor:
+    """A mask in the shape of `x`."""
+    array = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    if array.dtype != np.bool_:
+        raise DataError(f"a mask is boolean, True where observed, got {array.dtype}")
+    try:
+        return torch.as_tensor(np.broadcast_to(array, x.shape).copy(), device=x.device)
+    except ValueError:
+        raise ShapeError(f"a mask of shape {array.shape} for x of {tuple(x.shape)}") from None
 
 
 def _check_options(num_imputations: int, num_samples: int, num_sweeps: int, method: str) -> None:
     if method not in METHODS:
         known = ", ".join(f'"{name}"' for name in METHODS)
         raise UnknownNameError(f"method is one of {known}; got {method!r}")
-    numbers = {"num_imputations": num_imputations, "num_samples": num_samples,
-               "num_sweeps": num_sweeps}  # fmt: skip
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
+    at_least("num_imputations", num_imputations, 1)
+    at_least("num_samples", num_samples, 1)
+    at_least("num_sweeps", num_sweeps, 1)

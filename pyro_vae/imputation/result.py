@@ -25,12 +25,14 @@ class Imputations:
         ess: `(N,)`: effective number of the `num_samples` importance draws, of which the
             imputations are made or at which the chains start; infinite where nothing is observed
             and the draws are the model's own.
-        acceptance: `(N,)`: share of the proposals that were accepted; 1 for "gibbs" and where
-            nothing is observed, NaN for "importance".
-        flagged: `(N,)`. "importance": fewer effective draws than 100 or than imputations, so that
-            the intervals are too narrow: raise `num_samples`, or use "metropolis" where the guide
-            was not trained on holes. "metropolis": less than one proposal in fifty was accepted:
-            raise `num_sweeps`.
+        acceptance: `(N,)`: share of the guide's proposals that were accepted; 1 for "gibbs" and
+            where nothing is observed, NaN for "importance".
+        rhat: `(N,)`: split R-hat of E[x|z] over the M chains, the largest over the missing values
+            of a datum; 1 where none is missing or nothing is observed, infinite where no chain
+            moved, NaN for "importance" and after fewer than four sweeps.
+        flagged: `(N,)`: where draws are not to be trusted and intervals are too narrow.
+            "importance": fewer effective draws than 100 or than imputations; raise `num_samples`,
+            or use "metropolis". The others: `rhat` is not below 1.1; raise `num_sweeps`.
     """
 
     values: Tensor
@@ -39,6 +41,7 @@ class Imputations:
     method: str
     ess: Tensor
     acceptance: Tensor
+    rhat: Tensor
     flagged: Tensor
 
     def interval(self, probability: float = 0.9) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class WakeSleep(Objective):
     the model's data, not the KL(q||p) of a bound on the given data's.
 
     The model's first argument must be the data that its one observed site observes: the guide is
-    given the dreamed data in its place.
+    given the dreamed data in its place, with the same holes (NaN) in it.
 
     Terms: `loss` is minus the sum of both phases; `reconstruction` and `kl` are those of the ELBO
     at the waking draws, so that `reconstruction - kl` is a bound that can be followed.
@@ -48,7 +48,7 @@ class WakeSleep(Objective):
 
         with torch.no_grad():
             dream = pair.sites_at(poutine.uncondition(model), {})
-        x = dream[name]["value"]
+        x = _with_holes_of(args[0], dream[name]["value"])
         asleep = Pair(model, guide, (x, *args[1:]), kwargs).sites_at(guide, _values(dream))
 
         log_joint, log_q = _total(awake), _total(asleep)
@@ -77,11 +77,19 @@ def _total(sites: Mapping[str, Site]) -> Tensor:
     return torch.as_tensor(sum(logs))
 
 
+def _with_holes_of(data: Tensor, dream: Tensor) -> Tensor:
+    """The dream as it would have been seen: a guide of holes learns to bear them."""
+    if not data.is_floating_point():
+        return dream
+    return torch.where(data.isnan(), torch.nan, dream)
+
+
 def _data_site(sites: Mapping[str, Site], args: Any) -> str:
     observed = [name for name, site in sites.items() if site["is_observed"]]
     if len(observed) == 1 and args and isinstance(args[0], Tensor):
-        value = sites[observed[0]]["value"]
-        if value.shape == args[0].shape and torch.equal(value, args[0]):
+        value, x = sites[observed[0]]["value"], args[0]
+        # the same tensor is seen without a look at its values, which NaN or a trace would spoil
+        if value is x or (value.shape == x.shape and torch.equal(value, x)):
             return observed[0]
     raise SiteError(
         "wake-sleep dreams data for the guide in place of its first argument, so the model must "
