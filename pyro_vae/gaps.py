@@ -12,8 +12,9 @@ from pyro.distributions import MultivariateNormal, Normal
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence.ground import at_least, prepare, undisturbed
+from pyro_vae.evidence.ground import prepare, undisturbed
 from pyro_vae.evidence.marginal import log_marginal
 from pyro_vae.evidence.target import Target
 from pyro_vae.hamiltonian import is_real

@@ -15,8 +15,9 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence.ground import at_least, prepare, undisturbed
+from pyro_vae.evidence.ground import prepare, undisturbed
 from pyro_vae.evidence.sites import check_support, explained
 from pyro_vae.inference_data import convergence
 from pyro_vae.programs import Pair

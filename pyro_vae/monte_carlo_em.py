@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from pyro_vae import hamiltonian, programs
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, NonFiniteError, SiteError
-from pyro_vae.evidence.ground import at_least, prepare
+from pyro_vae.evidence.ground import prepare
 from pyro_vae.evidence.sites import check_support, explained
 from pyro_vae.hamiltonian import is_real
 from pyro_vae.programs import Pair, Site

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import DataError, NonFiniteError, ShapeError, UnknownNameError
 from pyro_vae.evidence.diagnostics import MIN_ESS
-from pyro_vae.evidence.ground import at_least, prepare, undisturbed
+from pyro_vae.evidence.ground import prepare, undisturbed
 from pyro_vae.imputation.chains import run_chains
 from pyro_vae.imputation.holes import Holes
 from pyro_vae.imputation.result import Imputations
