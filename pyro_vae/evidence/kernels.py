@@ -66,7 +66,7 @@ def _bernoulli(logits: Tensor, x: Tensor) -> Tensor:
     sign = (2 * x - 1).expand(logits.shape)
     if logits.requires_grad or logits.is_cuda:
         return total(logsigmoid(sign * logits))
-    out = torch.empty(logits.shape[:-1], dtype=torch.float64)
+    out = torch.empty(logits.shape[:-1], dtype=torch.float64, device=logits.device)
     for part, signs, result in slices(logits, sign, out):
         t = signs * part
         negative = total(t.clamp(max=0.0))

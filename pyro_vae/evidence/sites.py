@@ -93,13 +93,17 @@ def check_point_masses(guide: Mapping[str, Site]) -> None:
 
 
 def check_alike(
-    once: Mapping[str, Tensor], again: Mapping[str, Tensor], apart: Mapping[str, Tensor]
+    once: Mapping[str, Tensor],
+    again: Mapping[str, Tensor],
+    apart: Mapping[str, Tensor],
+    tolerance: float,
 ) -> None:
     """Raise `SiteError` where the same values of the same rows have different densities.
 
     Args:
         once, again: of two runs of the model, by site.
         apart: of runs on one row each.
+        tolerance: what rounding may do, relative and absolute: it differs with a product's shape.
     """
     for name, value in once.items():
         for other, told in (
@@ -108,8 +112,7 @@ def check_alike(
             (apart[name], "changes with the rows beside it: is there batch normalisation that is "
              "always training, or a sum over rows?"),
         ):  # fmt: skip
-            # rounding differs with the shape of a product, and is not meant
-            if not torch.allclose(value, other, rtol=1e-3, atol=1e-3, equal_nan=True):
+            if not torch.allclose(value, other, tolerance, tolerance, equal_nan=True):
                 raise SiteError(f'the density of a row at site "{name}" {told}')
 
 
