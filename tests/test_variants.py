@@ -215,6 +215,14 @@ def test_generated_data_have_the_model_s_moments(make):
     np.testing.assert_allclose(vae.prior().log_prob(z).detach(), expected, rtol=1e-4)
 
 
+def test_a_prior_that_takes_no_notice_of_the_class_is_p_z():
+    vae = SemiSupervisedVAE(
+        StandardNormal(1), decoder(), exact_posterior(), exact_classifier(), CLASSES
+    )
+    z = torch.linspace(-3, 3, 7)[:, None]
+    np.testing.assert_allclose(vae.prior().log_prob(z), stats.norm.logpdf(z.numpy())[:, 0])
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
