@@ -313,33 +313,47 @@ def imputation(report: dict[str, Any]) -> str:
     rows = []
     for name, missing in dict.fromkeys((row["table"], row["missing"]) for row in found):
         by = {r["method"]: r for r in found if (r["table"], r["missing"]) == (name, missing)}
-        covered = by["VAE"].get("covered")
         rows.append([
             f"{name}, {missing}%",
             *(f"{by[m]['rmse']:.3f}, {by[m]['wrong']:.1%}" for m in methods),
-            "–" if covered is None else f"{covered:.1%}",
+            *(f"{by[m]['covered']:.1%}" for m in methods if "covered" in by[m]),
         ])  # fmt: skip
-    return table(["missing", *methods, "VAE, coverage"], rows)
+    drawn = [f"{m}, coverage" for m in methods if "covered" in by[m]]
+    return table(["missing", *methods, *drawn], rows)
 
 
 def aevb(report: dict[str, Any]) -> str:
     """`benchmarks.aevb`: three ways to train, figure 3 of Kingma & Welling 2013."""
     found = report["results"]
-    rows = []
-    for row in found["figure_3"]:
-        if row["samples"] == max(found["budgets"]):
-            paper = found["paper"]["figure 3"][row["method"]]
-            rows.append([
-                row["method"],
-                *(f"{row[p]:.1f} ± {row[f'{p}_se']:.1f}, {row[f'{p}_flagged']}" for p in PARTS),
-                f"{row['seconds']:.0f} s",
-                f"{paper[0]:.1f} / {paper[1]:.1f}",
-            ])  # fmt: skip
+    rows = [
+        [
+            f"{row['method']}, {row['updates']:,}",
+            *(f"{row[part]['log_px']:.1f} ± {row[part]['se']:.1f}" for part in PARTS),
+            f"{row['visits']:,}",
+            f"{row['seconds']:.0f} s",
+            " / ".join(f"{value:.1f}" for value in row["paper"]),
+        ]
+        for row in found["rows"]
+        if row["updates"] == max(found["updates"])
+    ]
     head = [
-        f"{max(found['budgets']):,} samples", "log p(x), flagged: train", "test", "CPU",
+        "updates", "log p(x): train", "test", "samples seen", "CPU",
         "paper, 60M samples: train / test",
     ]  # fmt: skip
     return table(head, rows)
+
+
+def aevb_bound(report: dict[str, Any]) -> str:
+    """`benchmarks.aevb_bound`: the best test bounds of figure 2 of Kingma & Welling 2013."""
+    found = report["results"]["rows"]
+    by_method: dict[str, list[str]] = {}
+    for row in found:
+        by_method.setdefault(row["method"], []).append(f"{max(row['test']):.1f}")
+    paper = {row["latent"]: f"{row['paper']:.1f}" for row in found}
+    rows = [[method, *bounds] for method, bounds in by_method.items()]
+    rows.append(["AEVB of the paper, 10^8 samples", *paper.values()])
+    seen = max(max(row["samples"]) for row in found)
+    return table([f"{seen:,} samples seen", *(f"{latent} latents" for latent in paper)], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -112,7 +112,7 @@ def _site_means(guide: Program, args: Sequence[Tensor]) -> dict[str, Tensor]:
     nodes = prune_subsample_sites(poutine.trace(guide).get_trace(*args)).nodes
     means, number = {}, len(args[0])
     for name, site in nodes.items():
-        if site["type"] != "sample" or site["is_observed"] or isinstance(site["fn"], Categorical):
+        if site["type"] != "sample" or site["is_observed"] or _is_class(site["fn"]):
             continue
         mean = _mean(site)
         if mean.dim() == 0 or len(mean) != number:
@@ -122,12 +122,18 @@ def _site_means(guide: Program, args: Sequence[Tensor]) -> dict[str, Tensor]:
     return means
 
 
+def _is_class(distribution: Any) -> bool:
+    """Whether values are names of classes, in a plate, an event or under a mask."""
+    while not isinstance(distribution, Categorical) and hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, Categorical)
+
+
 def _mean(site: Any) -> Tensor:
     try:
-        mean = site["fn"].mean
+        return site["fn"].mean
     except NotImplementedError:
         return site["value"]
-    return site["value"] if mean.isnan().any() else mean
 
 
 def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:

@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# tests are small and run in several processes, as do notebooks, commands and loaders that they
+# start: threads of one would only stand in the others' way
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pyro
 import pytest
 import torch
 
-# tests are small and run in several processes: threads of one would only stand in others' way
 torch.set_num_threads(1)
 
 

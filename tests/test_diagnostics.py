@@ -99,16 +99,23 @@ def test_draws_of_all_rows_are_as_many_as_were_asked_for():
     assert sizes == [5] * 10 + [2] * 10
 
 
-def test_a_distribution_whose_mean_is_nan_is_drawn_from():
-    """torch says that of a categorical; each class here is certain."""
-    x = torch.tensor([0, 1, 1, 3])
+@pytest.mark.parametrize("form", ["plain", "event", "masked"])
+def test_classes_are_no_units_in_whatever_form(form):
+    x = torch.tensor([[0], [1], [1], [3]])
 
     def guide(x):
+        classes = dist.Categorical(nn.functional.one_hot(x, 4).double())
+        if form == "plain":
+            classes = dist.Categorical(classes.probs[:, 0])
+        elif form == "event":
+            classes = classes.to_event(1)
+        else:
+            classes = classes.to_event(1).mask(x[:, 0] > 0)
         with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Categorical(nn.functional.one_hot(x, 4).double()))
+            pyro.sample("z", dist.Normal(x.double(), 1.0).to_event(1))
+            pyro.sample("y", classes)
 
-    variance = pv.active_units(guide, x).variance["y"]
-    torch.testing.assert_close(variance.double(), x.double().var().reshape(1))
+    assert set(pv.active_units(guide, x).variance) == {"z"}
 
 
 def test_deeper_layers_are_averaged_over_the_upper_ones():

@@ -1,12 +1,17 @@
 """Figures of experiments hold the numbers that they claim to."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 import pyro_vae as pv
 from pyro_vae import plots
 from pyro_vae.errors import DataError, ShapeError
+from pyro_vae.plots import style
+from pyro_vae.plots.tiles import MISSING
 
 
 def found(rows=3, features=12):
@@ -27,14 +32,15 @@ def test_imputations_stand_under_what_was_observed():
     mosaic = np.ma.filled(np.ma.asarray(image.get_array(), float), np.nan)
     first = mosaic[1:4, 1:5].reshape(-1)  # cells have an empty edge of one pixel
     np.testing.assert_allclose(first[:6], imputed.values[0, 0, :6])
-    assert np.isnan(first[6:]).all()
+    assert (first[6:] == MISSING).all()  # drawn in a colour of its own
+    assert image.cmap(-1.0)[:3] == pytest.approx(to_rgb(style.SKY))
     last = mosaic[4 * 5 + 1 : 4 * 5 + 4, 1:5].reshape(-1)
     np.testing.assert_allclose(last, truth[0])
     with pytest.raises(ShapeError, match=r"\(3, 11\)"):
         plots.imputations(imputed, (3, 4), truth[:, 1:].numpy())
 
 
-def test_lines_of_images_stand_under_their_names():
+def test_lines_of_images_have_names_and_missing_pixels_a_colour():
     seen = torch.rand(4, 12) * 3 - 1
     seen[:, :6] = torch.nan
     (axes,) = plots.image_rows({"seen": seen, "zero": np.zeros((4, 12))}, (3, 4)).axes
@@ -42,10 +48,31 @@ def test_lines_of_images_stand_under_their_names():
     mosaic = np.ma.filled(np.ma.asarray(axes.images[0].get_array(), float), np.nan)
     low, high = min(0, seen.nan_to_num(0).min().item()), seen.nan_to_num(0).max().item()
     last = mosaic[1:4, 3 * 6 + 1 : 3 * 6 + 5].reshape(-1)
-    np.testing.assert_allclose(low + last * (high - low), seen[3])
-    for lines, error in (({}, DataError), ({"a": seen, "b": seen[:2]}, ShapeError)):
-        with pytest.raises(error):
-            plots.image_rows(lines, (3, 4))
+    assert (last[:6] == MISSING).all()
+    np.testing.assert_allclose(low + last[6:] * (high - low), seen[3, 6:])
+    (axes,) = plots.image_rows({"seen": seen.repeat(1, 3)}, (3, 3, 4)).axes
+    colours = np.asarray(axes.images[0].get_array())
+    assert (colours == to_rgb(style.SKY)).all(-1).sum() == 4 * 6
+    (axes,) = plots.image_rows({"nothing": np.full((2, 12), np.nan)}, (3, 4)).axes
+    assert np.nanmax(np.asarray(axes.images[0].get_array().filled(np.nan))) == MISSING
+
+
+def test_lines_of_images_that_cannot_be_drawn():
+    seen = torch.rand(4, 12)
+    with pytest.raises(DataError):
+        plots.image_rows({}, (3, 4))
+    with pytest.raises(ShapeError, match=r"b has shape \(2, 12\), a has \(4, 12\)"):
+        plots.image_rows({"a": seen, "b": seen[:2]}, (3, 4))
+
+
+def test_long_titles_of_panels_do_not_run_into_each_other():
+    titles = ["argmin KL(Q||P), from the left", "argmin KL(Q||P), from the right"] * 2
+    panels = {f"{title} {i}": np.zeros((1, 2)) for i, title in enumerate(titles)}
+    figure = plots.densities(panels, extent=1)
+    figure.canvas.draw()
+    boxes = [axes._left_title.get_window_extent() for axes in figure.axes]
+    for left, right in pairwise(boxes):
+        assert left.x1 < right.x0
 
 
 def test_posteriors_have_a_panel_a_datum():

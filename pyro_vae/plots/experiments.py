@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -35,21 +36,16 @@ def imputations(
     Raises:
         ShapeError: the truth is of another shape than the data.
     """
-    seen = torch.where(found.observed, found.values[0], torch.nan)
-    lines = {"observed": flat(seen)}
+    lines = {"observed": flat(torch.where(found.observed, found.values[0], torch.nan))}
     lines |= {f"draw {i + 1}": flat(x) for i, x in enumerate(found.values[:draws])}
     lines["mean"] = flat(found.mean)
     if truth is not None:
         lines["truth"] = np.asarray(truth, dtype=float)
-        if lines["truth"].shape != lines["mean"].shape:
-            raise ShapeError(
-                f"the truth has shape {lines['truth'].shape}, the data {lines['mean'].shape}"
-            )
     return image_rows(lines, image_shape)
 
 
 def image_rows(lines: Mapping[str, ArrayLike | Tensor], image_shape: Shape) -> Figure:
-    """Images side by side, a line of them under a name each; NaN, what is not known, stays white.
+    """Images side by side, a line of them under a name each; NaN is missing, and blue.
 
     Args:
         lines: by name, `(N, features)`, as many of each.
@@ -65,13 +61,15 @@ def image_rows(lines: Mapping[str, ArrayLike | Tensor], image_shape: Shape) -> F
     }
     if not arrays:
         raise DataError("there is no line to draw")
-    shape, *others = {array.shape for array in arrays.values()}
-    if others:
-        raise ShapeError(f"lines of images are of one shape, got {sorted([shape, *others])}")
+    (first, shape), *others = ((name, array.shape) for name, array in arrays.items())
+    for name, other in others:
+        if other != shape:
+            raise ShapeError(f"{name} has shape {other}, {first} has {shape}")
     height = WIDTH / (shape[0] + 1) * image_shape[-2] / image_shape[-1]
     figure = style.figure(WIDTH, 0.4 + len(arrays) * height)
     axes = figure.subplots()
-    limits = value_limits(*[array[~np.isnan(array)] for array in arrays.values()])
+    known = np.concatenate([array[~np.isnan(array)] for array in arrays.values()])
+    limits = value_limits(known) if known.size else (0.0, 1.0)
     tile(axes, np.concatenate(list(arrays.values())), image_shape, shape[0], limits=limits)
     axes.set_yticks(np.arange(len(arrays)) + 0.5, list(arrays))
     axes.tick_params(length=0, labelsize=style.LABEL)
@@ -148,7 +146,8 @@ def densities(
             axes.scatter(x, y, s=2, linewidths=0, color=style.BLUE, alpha=0.5)
         axes.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[])
         axes.set_aspect("equal")
-        axes.set_title(title, fontsize=style.LABEL, loc="left")
+        wide = round(WIDTH / columns * 72 / (0.7 * style.LABEL))  # letters that a panel holds
+        axes.set_title(fill(title, wide), fontsize=style.LABEL, loc="left")
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     return figure

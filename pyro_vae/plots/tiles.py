@@ -9,15 +9,17 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_vae.errors import ConfigError, DataError, ShapeError
-from pyro_vae.plots.style import BLUE, GREY, PALE, TICK
+from pyro_vae.plots.style import BLUE, GREY, PALE, SKY, TICK
 
 Shape = tuple[int, ...]
 Limits = tuple[float, float]
 
+MISSING = -1.0  # what stands for a missing value among those from 0, black, to 1, white
 INSET = 0.1  # empty edge of a cell that holds a line, as a part of the cell
 
 
@@ -36,7 +38,7 @@ def tile(
     Its centre is at `(i % columns + 0.5, i // columns + 0.5)`, with y downwards.
 
     Args:
-        rows: `(N, features)`.
+        rows: `(N, features)`; NaN, what is missing, is drawn in a colour that no grey value has.
         image_shape: `(height, width)`, `(1, height, width)` or `(3, height, width)` of a row; None
             draws the features as a line.
         columns: cells in a line of cells.
@@ -107,6 +109,7 @@ def _as_images(rows: NDArray[Any], image_shape: Shape) -> NDArray[Any]:
 def _images(axes: Axes, images: NDArray[Any], columns: int, gap: bool) -> None:
     """One mosaic of all images: hundreds of them cost no more than one."""
     edge = max(1, round(images.shape[2] / 28)) if gap else 0
+    images = np.where(np.isnan(images), MISSING, images.clip(0, 1))
     lines = math.ceil(len(images) / columns)
     missing = lines * columns - len(images)
     cells = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=np.nan)
@@ -121,9 +124,10 @@ def _images(axes: Axes, images: NDArray[Any], columns: int, gap: bool) -> None:
     aspect = height / width
     if channels == 3:
         paper = np.nan_to_num(mosaic.clip(0, 1), nan=1.0)
+        paper = np.where(mosaic == MISSING, to_rgb(SKY), paper)
         axes.imshow(paper, extent=extent, aspect=aspect, interpolation="nearest")
     else:
-        gray = colormaps["gray"].with_extremes(bad="white")
+        gray = colormaps["gray"].with_extremes(bad="white", under=SKY)
         axes.imshow(
             np.ma.masked_invalid(mosaic[..., 0]), cmap=gray, vmin=0, vmax=1,
             extent=extent, aspect=aspect, interpolation="nearest",
