@@ -4,9 +4,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RUN ?= runs/digits
-PYTEST ?= --numprocesses auto
+PYTEST ?= --numprocesses auto --dist worksteal
 
-.PHONY: demo docs test check clean
+.PHONY: demo docs test test-all check clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,10 @@ docs: demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST)
+
+# those that take a minute each as well
+test-all: PYTEST += --slow
+test-all: test
 
 check: .venv/installed
 	$(BIN)/ruff check .

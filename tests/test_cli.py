@@ -463,6 +463,7 @@ def test_help_names_every_command() -> None:
         assert name in said
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
     # processes of their own throughout: signals, threads and precision as users have them
     args = ["--hidden", "16", "--epochs", "40", "--batch-size", "64", "--device", "cpu"]

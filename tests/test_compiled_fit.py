@@ -22,7 +22,6 @@ class Peeking(pv.likelihoods.Bernoulli):
         return super().forward(z if z.sum() > 0 else -z, context)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
 def test_compiled_training_ends_at_the_eager_weights() -> None:
     runs = []

@@ -141,7 +141,6 @@ class TestTheOptimizer:
 
 
 @needs_compiler
-@pytest.mark.slow
 class TestInductor:
     """Through the compiler proper: a few programs that between them use what a graph can hold."""
 
