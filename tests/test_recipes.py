@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae import cli, recipes
+from pyro_vae import recipes
+from pyro_vae.cli import train
+from pyro_vae.cli.train import PRECISIONS
 from pyro_vae.data import Data, Split
 from pyro_vae.errors import ConfigError, DataError, UnknownNameError
 from pyro_vae.recipes import Recipe, build_objective, build_vae
@@ -187,8 +189,6 @@ def test_whole_numbers_will_do_for_real_ones_in_json() -> None:
 
 
 def test_every_recipe_field_is_an_option_of_train() -> None:
-    from pyro_vae.cli import train
-
     options = {p.name for p in train.params}
     assert {f.name for f in fields(Recipe)} <= options
 
@@ -197,12 +197,10 @@ def test_every_recipe_field_is_an_option_of_train() -> None:
     "kind", ["model", "prior", "likelihood", "posterior", "network", "objective"]
 )
 def test_the_help_names_every_registered_part(kind: str) -> None:
-    from pyro_vae.cli import train
-
     (option,) = (p for p in train.params if p.name == kind)
     words = set(re.findall(r"\w+", option.to_info_dict()["help"]))
     assert set(getattr(recipes, f"{kind}s".upper())) <= words
 
 
 def test_the_command_line_offers_every_precision() -> None:
-    assert cli.PRECISIONS == devices.PRECISIONS
+    assert PRECISIONS == devices.PRECISIONS
