@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def pythae_epoch(x: Tensor) -> Callable[[int], Any]:
         train_dataset=BaseDataset(pythae_peer.images(x), torch.zeros(len(x))),
         training_config=BaseTrainerConfig(
             per_device_train_batch_size=BATCH, learning_rate=1e-3,
-            no_cuda=not torch.cuda.is_available(),
+            no_cuda=not torch.cuda.is_available(), output_dir=tempfile.gettempdir(),
         ),
     )  # fmt: skip
     trainer.prepare_training()

@@ -46,7 +46,7 @@ from pyro_vae.seeding import derive, seeded
 from pyro_vae.typing import Distribution
 from pyro_vae.variants import SemiSupervisedVAE, encoded
 
-COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.semi_supervised"
+COMMAND = "PYRO_VAE_DATA=... OMP_NUM_THREADS=1 python -m benchmarks.semi_supervised"
 FEATURES, CLASSES, LATENT, BATCH = 784, 10, 50, 200
 HIDDEN_M1, HIDDEN_M2 = [600, 600], 500
 ALPHA = 0.1  # of eq. 9, in units of N

@@ -160,16 +160,21 @@ def clustering(report: dict[str, Any]) -> str:
 
 def semi_supervised(report: dict[str, Any]) -> str:
     """`benchmarks.semi_supervised`: errors beside the published ones."""
+
+    def percent(mean: float, sd: float) -> str:
+        return f"{mean:.2f} ± {sd:.2f} %"
+
     rows = [
         [
             str(row["labels"]),
             row["method"],
-            f"{row['error']:.1f} %",
-            "–" if row["published"] is None else f"{row['published']} ± {row['published_sd']} %",
+            percent(row["error"], row["sd"]),
+            percent(*row["published"]) if row["published"] else "–",
+            f"{row['processor_seconds']:.0f} s",
         ]
         for row in report["results"]["rows"]
     ]
-    return table(["labels", "method", "test error", "Kingma et al. 2014"], rows)
+    return table(["labels", "method", "test error", "Kingma et al. 2014", "CPU"], rows)
 
 
 def fit_overhead(report: dict[str, Any]) -> str:
@@ -243,7 +248,8 @@ def train_step(report: dict[str, Any]) -> str:
         + [f"{model['ours_over'][p]:.2f}" if p in model["ours_over"] else "–" for p in peers]
         for name, model in models.items()
     ]
-    return table(["model", "compiled", *(f"over {peer}" for peer in peers)], rows)
+    processor = report["machine"]["processor"]
+    return table([processor, "compiled", *(f"over {peer}" for peer in peers)], rows)
 
 
 def start_up(report: dict[str, Any]) -> str:
@@ -328,7 +334,10 @@ def aevb(report: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['method']}, {row['updates']:,}",
-            *(f"{row[part]['log_px']:.1f} ± {row[part]['se']:.1f}" for part in PARTS),
+            *(
+                f"{row[part]['log_px']:.1f} ± {row[part]['se']:.1f}, {row[part]['flagged']}"
+                for part in PARTS
+            ),
             f"{row['visits']:,}",
             f"{row['seconds']:.0f} s",
             " / ".join(f"{value:.1f}" for value in row["paper"]),
@@ -337,7 +346,7 @@ def aevb(report: dict[str, Any]) -> str:
         if row["updates"] == max(found["updates"])
     ]
     head = [
-        "updates", "log p(x): train", "test", "samples seen", "CPU",
+        "updates", f"log p(x), flagged of {found['num_test']}: train", "test", "samples seen", "CPU",
         "paper, 60M samples: train / test",
     ]  # fmt: skip
     return table(head, rows)
