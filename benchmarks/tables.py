@@ -346,8 +346,8 @@ def aevb(report: dict[str, Any]) -> str:
         if row["updates"] == max(found["updates"])
     ]
     head = [
-        "updates", f"log p(x), flagged of {found['num_test']}: train", "test", "samples seen", "CPU",
-        "paper, 60M samples: train / test",
+        "updates", f"log p(x), flagged of {found['num_test']}: train", "test", "samples seen",
+        "CPU", "paper, 60M samples: train / test",
     ]  # fmt: skip
     return table(head, rows)
 
