@@ -161,6 +161,29 @@ def masked() -> tuple[Any, ...]:
     )
 
 
+class Weighed:
+    """A program whose data count by a weight and a mask, worked out of them at each call."""
+
+    def __init__(self, program: Any, weight: Callable[[Tensor], Tensor]) -> None:
+        self.program, self.weight = program, weight
+
+    def __call__(self, x: Tensor) -> None:
+        with poutine.scale(scale=self.weight(x)), poutine.mask(mask=x[:, 1] == x[:, 2]):
+            self.program(x)
+
+
+def by_first(x: Tensor) -> Tensor:
+    return torch.where(x[:, 0] > 0, 3.0, 0.5)
+
+
+def weighed(
+    of_model: Callable[[Tensor], Tensor] = by_first, of_guide: Callable[[Tensor], Tensor] = by_first
+) -> tuple[Any, ...]:
+    """Scales and masks that model and guide each make for themselves, alike."""
+    model, guide, args = vae()
+    return Weighed(model, of_model), Weighed(guide, of_guide), args
+
+
 def of_the_zoo(prior: str, likelihood: str, posterior: str) -> Callable[[], tuple[Any, ...]]:
     def make() -> tuple[Any, ...]:
         q = zoo.POSTERIORS[posterior]()
@@ -202,6 +225,7 @@ MODELS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "hierarchical": hierarchical,
     "subsampled": subsampled,
     "masked and scaled": masked,
+    "scaled and masked by the data": weighed,
     "enumerated mixture": mixture,
     "AutoNormal": regression(AutoNormal),
     "AutoLowRank": regression(lambda m: AutoLowRankMultivariateNormal(m, rank=2)),

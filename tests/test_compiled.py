@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae
+from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae, weighed
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
@@ -374,6 +374,20 @@ class TestWhatCannotBeCompiled:
     def test_asking_for_a_value_names_the_line(self, body: Any, line: str) -> None:
         with pytest.raises(CompileError, match=line):
             pv.compile(program(body), torch.ones(3), backend="eager")
+
+    @pytest.mark.parametrize(
+        ("of_model", "of_guide"),
+        [
+            (lambda x: 1 + 0 * x[:, 0], lambda x: torch.ones(len(x))),
+            (lambda x: x[:, 0].clone().add_(1), lambda x: x[:, 0].clone().add_(1)),
+            (lambda x: torch.rand(len(x)).ceil(), lambda x: torch.rand(len(x)).ceil()),
+        ],
+        ids=["only the values tell", "changed in place", "drawn"],
+    )
+    def test_scales_that_may_differ(self, of_model: Any, of_guide: Any) -> None:
+        model, guide, args = weighed(of_model, of_guide)
+        with pytest.raises(CompileError, match="two scales or masks"):
+            pv.compile(pv.ELBO(kl="analytic")(model, guide), *args, backend="eager")
 
     def test_a_tensor_of_unknown_origin_would_be_frozen(self) -> None:
         x, stray = torch.ones(3), torch.ones(3)

@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_flatten, tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_vae.errors import CompileError, PyroVAEError
@@ -133,10 +133,62 @@ def _is_plain_indexing(func: Any, args: Any) -> bool:
     )
 
 
+def _alike(flag: Tensor) -> bool:
+    """Whether `(a == b).all()` holds whatever the values: both are made alike, of the same tensors.
+
+    So the scale or mask that a model and its guide each work out of their arguments is one.
+
+    Raises:
+        CompileError: they are not, and only their values could tell.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None
+    proxied: Any = get_proxy_slot(flag, mode.tracer)
+    comparison = proxied.proxy.node.args[0]
+    changed = _sources(n.args[0] for n in comparison.graph.nodes if _is_in_place(n))
+    if changed & _sources(comparison.args) or not _same_node(*comparison.args):
+        raise CompileError(
+            f"{_where_now()} cannot be compiled: whether two scales or masks are the same is known "
+            f"only when the program runs. Make them in the same way, or as one tensor. {REMEDY}."
+        )
+    return True
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _sources(values: Iterable[Any]) -> set[fx.Node]:
+    """The nodes among these, and all that they are made of."""
+    found: set[fx.Node] = set()
+    waiting = [value for value in values if isinstance(value, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _same_node(a: Any, b: Any) -> bool:
+    """Whether two values of a graph are equal for the way they are made; draws never are."""
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and a == b
+    if a is b:
+        return True
+    if a.op != "call_function" or a.op != b.op or a.target is not b.target:
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ()):
+        return False
+    (left, shape), (right, other) = (tree_flatten((n.args, n.kwargs)) for n in (a, b))
+    return shape == other and all(map(_same_node, left, right))
+
+
 # by function, and by module and name of who calls it
 _ANSWERS: dict[tuple[Any, str, str], Callable[[Tensor], Any]] = {
     (Tensor.item, "pyro.infer.util", "torch_item"): Tensor.detach,
     (Tensor.register_hook, "pyro.util", "warn_if_nan"): lambda _: None,
+    (Tensor.__bool__, "pyro_vae.programs", "equal"): _alike,
     (Tensor.__bool__, "pyro.util", "warn_if_nan"): lambda _: False,
     # distributions made with validate_args=True
     (Tensor.__bool__, "torch.distributions.distribution", "__init__"): lambda _: True,
