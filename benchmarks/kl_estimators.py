@@ -9,7 +9,7 @@ Same model, data, seeds and batches for every estimator. Three studies:
    the start, in the middle and at the end of training, with 1, 5 and 50 particles, by size of the
    latent space and of the batch; against the exact gradient (linear decoder) or that of 10,000
    particles. With `--data digits` only.
-2. time: an eager step of each estimator, all taken in turn.
+2. time: a compiled step of each estimator, all taken in turn.
 3. training: ELBO and importance-sampled log p(x) of validation data through training, over seeds,
    with N(0, I) and with a VampPrior (which has no analytic KL), and the time to a given ELBO.
 """

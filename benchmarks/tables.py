@@ -76,7 +76,7 @@ def kl_estimators_digits(report: dict[str, Any]) -> str:
         "gain over Monte Carlo",
         "steps to target",
         "time to target",
-        "an eager step",
+        "a compiled step",
     ]
     return table(head, rows)
 

@@ -34,14 +34,14 @@ def test_what_is_said_of_the_kl_estimators_is_what_the_results_say() -> None:
             assert row[prior, "stl"]["log_px"] == max(
                 r["log_px"] for (p, _), r in row.items() if p == prior
             )
-        assert min((r["seconds_to_target"], e) for (p, e), r in row.items() if p == "normal")[
-            1
-        ] == ("analytic")
+        seconds = {e: r["seconds_to_target"] for (p, e), r in row.items() if p == "normal"}
+        assert seconds["stl"] == pytest.approx(seconds["analytic"], rel=0.03)
+        assert max(seconds, key=seconds.get) == "monte_carlo"
         assert row["normal", "analytic"]["gain_over_monte_carlo"] > 0
     gain = rows["mnist"]["normal", "stl"]["log_px"] - rows["mnist"]["normal", "analytic"]["log_px"]
     for said in (
         f"on MNIST by {gain:.2f} nats over the analytic KL",
-        f"takes {ratio['mnist']:.1f} (MNIST) to {ratio['digits']:.1f} times (digits) as long",
+        f"takes {ratio['mnist']:.2f} (MNIST) and {ratio['digits']:.2f} times (digits) as long",
         f"of {len(noise)} comparisons",
         f"the largest z-score is {worst:.1f}; of {len(dimensions)} by latent dimension",
         f"degrees of freedom, {worst_dimension:.1f}.",
