@@ -179,12 +179,14 @@ class TestInductor:
             torch.testing.assert_close(compiled(x), expected)
 
 
-def test_a_missing_compiler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_an_error_that_says_so() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/c++",))
     model, guide, _ = vae()
-    with pytest.raises(CompileError, match=r"needs a working C\+\+ compiler.*/nowhere/c\+\+"):
+    with (
+        config.patch({"cpp.cxx": ("/nowhere/c++",)}),
+        pytest.raises(CompileError, match=r"needs a working C\+\+ compiler.*/nowhere/c\+\+"),
+    ):
         pv.compile(pv.ELBO()(model, guide), binary(rows=11))
 
 
