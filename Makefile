@@ -17,7 +17,7 @@ PYTEST ?= --numprocesses auto --dist worksteal
 # networks this small train fastest on one thread, whatever else the machine does
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
-	$(BIN)/pyro-vae train --data digits --binarize threshold --latent 2 --hidden 256,128 --epochs 150 --kl-warmup 20 \
+	$(BIN)/pyro-vae train --data digits --binarize threshold --latent 2 --hidden 256,128 --epochs 100 --kl-warmup 20 \
 		--patience 40 --batch-size 64 --out $(RUN) --overwrite
 	$(BIN)/pyro-vae evaluate $(RUN) --num-samples 1000 --overwrite
 	$(BIN)/pyro-vae plot $(RUN) --overwrite
