@@ -62,8 +62,11 @@ def hide_labels(labels: Tensor, keep: int | None, seed: int = 0) -> Tensor:
         keep: how many; None keeps all that are known.
 
     Raises:
-        DataError: a class has too few rows, or a label is neither a class nor -1.
+        DataError: `keep` is negative, a class has too few rows, or a label is neither a class
+            nor -1.
     """
+    if keep is not None and keep < 0:
+        raise DataError(f"keep is a number of labels, 0 or more, got {keep}")
     known = labels != UNKNOWN
     check_classes(labels.where(known, 0), 1 + max(0, int(labels.max())))
     if keep is None:

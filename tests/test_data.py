@@ -128,6 +128,8 @@ def test_hidden_labels_are_balanced():
     assert not torch.equal(known, hide_labels(data.train.y, 8, seed=2))
     with pytest.raises(DataError, match="10 labels of class"):
         hide_labels(torch.arange(6) % 2, 20)
+    with pytest.raises(DataError, match="got -10"):
+        hide_labels(torch.arange(6) % 2, -10)
     with pytest.raises(DataError, match="no training labels"):
         Data(Split(torch.rand(2, 2)), None, labelled(3)).given_labels(1)
 

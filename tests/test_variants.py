@@ -106,6 +106,17 @@ def test_a_known_class_restricts_the_joint():
     np.testing.assert_allclose(both.log_px, given.log_px - np.log(CLASSES), rtol=1e-5)
 
 
+@pytest.mark.parametrize("row", [1, 150])
+@pytest.mark.parametrize("make", [m2, gmvae])
+def test_log_px_names_the_nan_that_a_classifier_chokes_on(make, row):
+    """Whether the row is among the first, which are tried before the others, or a later one."""
+    vae = make().eval()
+    x = X.repeat(50, 1)
+    x[row, 1] = torch.nan
+    with pytest.raises(DataError, match=rf"x\[{row}, 1\] = nan \(row {row}, column 1\)"):
+        pv.log_marginal(vae.model, vae.guide, x, num_samples=20)
+
+
 def test_labels_are_observed_in_training_alone():
     """Kingma et al. 2014, eq. 9: alpha times minus log q(y|x) of the rows with labels."""
     vae = m2(label_weight=7.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, push, streams
-from pyro_vae.evidence.sites import check_point_masses, check_same_sites
+from pyro_vae.evidence.sites import check_point_masses, check_same_sites, told_of_nan
 from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
 from pyro_vae.seeding import seeded
@@ -84,7 +84,7 @@ class Guide:
         target = self.target
         pair = target.pair(rows, num_draws)
         placed = Place(noise)
-        with placed:
+        with told_of_nan("guide", pair.args[0], rows), placed:
             sites = pair.sites_at(target.guide, {})
         check_same_sites(sites, target.guide_sites, "guide", rows)
 
@@ -103,7 +103,7 @@ class Guide:
     def _draw_row(self, row: int, num_draws: int, seed: int) -> Draws:
         rows = range(row, row + 1)
         pair = self.target.pair(rows, num_draws)
-        with seeded(seed):
+        with told_of_nan("guide", pair.args[0], rows), seeded(seed):
             sites = pair.sites_at(self.target.guide, {})
         check_same_sites(sites, self.target.guide_sites, "guide", rows)
         log_q = sum(self.target.within(programs.log_prob(site)) for site in sites.values())

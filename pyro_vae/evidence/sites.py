@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from pyro_vae import programs
 from pyro_vae.errors import DataError, PyroVAEError, ShapeError, SiteError, SupportError
+from pyro_vae.likelihoods.base import first
 from pyro_vae.programs import PARTICLES, Run, Site
 
 REAL = (constraints.real, constraints.real_vector)
@@ -38,7 +39,33 @@ def explained(program: str, args: Sequence[Any], num_draws: int) -> Iterator[Non
         kind = type(error) if isinstance(error, PyroVAEError) else DataError
         raise kind(
             f"the {program} does not run on the first rows of x{times}, {given}: {what}"
+            f"{_not_finite(args[0])}"
         ) from error
+
+
+@contextmanager
+def told_of_nan(program: str, x: Any, rows: range) -> Iterator[None]:
+    """Say of an error on some rows which value of theirs is not finite, if one is: a NaN shows far
+    from where it came in, as a parameter that a distribution refuses.
+
+    Raises:
+        DataError: the program raised a ValueError or RuntimeError, and a value is not finite.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        culprit = _not_finite(x, rows.start)
+        if isinstance(error, PyroVAEError) or not culprit:
+            raise
+        what = str(error).split("Trace Shapes:")[0].strip()
+        raise DataError(f"the {program} does not run: {what}{culprit}") from error
+
+
+def _not_finite(x: Any, start: int = 0) -> str:
+    """The first value of rows from `start` on that is not finite, to end a message with."""
+    if not isinstance(x, Tensor) or x.isfinite().all():
+        return ""
+    return f"; {first(~x.isfinite(), x, start)}"
 
 
 def check_same_sites(

@@ -29,6 +29,7 @@ from pyro_vae.evidence.sites import (
     discrete_values,
     explained,
     outside_support,
+    told_of_nan,
 )
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.seeding import derive
@@ -158,7 +159,7 @@ class Target:
         self, pair: Pair, rows: range, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         self.evaluations += pair.num_particles * len(rows)
-        with FastArithmetic():
+        with told_of_nan("model", pair.args[0], rows), FastArithmetic():
             sites = pair.sites_at(self.model, values)
         check_same_sites(sites, self.model_sites, "model", rows)
         check_observed(sites, self.observed, rows)

@@ -125,10 +125,14 @@ def check_finite(x: Tensor) -> None:
         raise DataError(f"data must be finite, but {first(bad, x)}")
 
 
-def first(bad: Tensor, x: Tensor) -> str:
-    """The first value of `x` where `bad` holds, in words: value, row and column, and how many."""
-    index = tuple(int(i) for i in bad.nonzero()[0])
+def first(bad: Tensor, x: Tensor, start: int = 0) -> str:
+    """The first value of `x` where `bad` holds, in words: value, row and column, and how many.
+
+    `x` are rows from number `start` on.
+    """
+    local = tuple(int(i) for i in bad.nonzero()[0])
+    index = (local[0] + start, *local[1:])
     place = f"row {index[0]}" + (f", column {index[1]}" if len(index) == 2 else "")
     others = int(bad.sum()) - 1
     more = f" (and {others} more)" if others else ""
-    return f"x[{', '.join(map(str, index))}] = {x[index].item():g} ({place}){more}"
+    return f"x[{', '.join(map(str, index))}] = {x[local].item():g} ({place}){more}"
