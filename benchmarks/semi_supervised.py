@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--epochs-m1", type=int, default=20)
     parser.add_argument("--epochs-m2", type=int, default=4)
-    parser.add_argument("--epochs-m1m2", type=int, default=10)
+    parser.add_argument("--epochs-m1m2", type=int, default=20)
     parser.add_argument("--rate-m1", type=float, default=1.5e-3)
     parser.add_argument("--rate-m2", type=float, default=1e-3)
     parser.add_argument("--rate-m1m2", type=float, default=1e-3)
