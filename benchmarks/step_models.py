@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -18,6 +19,7 @@ from benchmarks import pythae_peer
 
 Step = Callable[[], float]
 PIXELS, LEARNING_RATE = 784, 1e-3
+OURS, BY_HAND = "compiled", "PyTorch by hand"
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Case:
         objective: what is compiled.
         pyro: Pyro's own objectives for it.
         samples: z of a datum, where pythae has the model too.
+        in_numpyro: whether `step_numpyro` has it.
     """
 
     pair: Callable[[], tuple[Any, Any, nn.Module, Callable[..., Tensor]]]
@@ -37,6 +40,7 @@ class Case:
     objective: pv.objectives.Objective
     pyro: dict[str, Any]
     samples: int | None = None
+    in_numpyro: bool = True
 
 
 def cases() -> dict[str, Case]:
@@ -55,11 +59,25 @@ def cases() -> dict[str, Case]:
         "IWAE 784-200-200-50, batch 20, k = 50": Case(
             deep(50), (_images(20),), pv.IWAE(50), {"RenyiELBO": renyi}, 50
         ),
-        "convolutions 32-64, batch 128": Case(_conv_vae, (_images(128),), pv.ELBO(), pyro_elbos, 1),
+        "convolutions 32-64, batch 128": Case(
+            _conv_vae, (_images(128),), pv.ELBO(), pyro_elbos, 1, in_numpyro=False
+        ),
         "Bayesian regression, AutoNormal": Case(
             _regression, _regression_data(), pv.ELBO("auto"), pyro_elbos
         ),
     }
+
+
+def ways(case: Case) -> dict[str, Callable[[], Step]]:
+    """Everyone's step, ours first."""
+    steps: dict[str, Callable[[], Step]] = {OURS: lambda: compiled(case)}
+    for kind, loss in case.pyro.items():
+        steps[f"Pyro {kind}"] = partial(pyro_svi, case, loss)
+    steps[BY_HAND] = lambda: by_hand(case, compile=False)
+    steps[f"{BY_HAND}, torch.compile"] = lambda: by_hand(case, compile=True)
+    if case.samples is not None and pythae_peer.is_installed():
+        steps["pythae"] = lambda: pythae(case)
+    return steps
 
 
 def compiled(case: Case) -> Step:

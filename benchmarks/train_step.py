@@ -2,9 +2,12 @@
 
     python -m benchmarks.train_step        # with NumPyro and pythae installed
 
-Every contender takes a few steps in its turn, round after round, NumPyro in a process of its own
-that sleeps in between; reported are medians over the rounds, the fastest rounds, and the medians of
-the ratios within a round. All full fp32, all reading the loss at every step, except NumPyro's
+Every contender has a process of its own that sleeps until its turn, so that none has from another
+how threads or memory are set, and takes a few steps in its turn, round after round, after two that
+are not timed; reported are
+medians over the rounds, the fastest rounds, and the medians of the ratios within a round. "Memory
+kept" is a process whose malloc is told by environment variables what `pyro_vae.compiled.memory`
+tells it. All full fp32, all reading the loss at every step, except NumPyro's
 `fori_loop`. NumPyro and pythae take part where they are installed. Also reported: what the first
 compiled step takes, with an empty compilation cache and with one on disk, the peak memory, and the
 import time of `pyro_vae` against `import pyro`.
@@ -25,107 +28,89 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
-from benchmarks import pythae_peer, report, step_models
+from benchmarks import report, step_models
 
 COMMAND = "python -m benchmarks.train_step"
-OURS = "compiled"
+OURS, BY_HAND = step_models.OURS, step_models.BY_HAND
+# before a turn: until the threads of the process before have stopped spinning; and steps not timed
+PAUSE, WARM_UP = 0.1, 2
+Timer = Callable[[int], float]  # steps to seconds
 COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", "pythae": "C4", OURS: "C0"}
 
 
-class NumPyro:
-    """The NumPyro process of one model."""
+# told malloc what `pyro_vae.compiled.memory` tells it
+KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": f"{512 * 2**20}", "MALLOC_MMAP_THRESHOLD_": f"{2**25}"}
 
-    def __init__(self, name: str) -> None:
-        script = Path(__file__).with_name("step_numpyro.py")
+
+class Process:
+    """A contender's process: `module` is run with `arguments`, and takes steps on demand."""
+
+    def __init__(self, module: str, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(script), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._answer()
+            [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+            env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
-    def seconds(self, way: str, steps: int) -> float:
-        """What `steps` steps take."""
+    def seconds(self, request: str) -> float:
+        """What the steps asked for take."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{way} {steps}\n")
+        self.process.stdin.write(f"{request}\n")
         self.process.stdin.flush()
-        return float(self._answer())
+        return float(self.answer())
 
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()
-
-    def _answer(self) -> str:
+    def answer(self) -> str:
+        """Its next line."""
         assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError("the NumPyro process ended")
+            raise RuntimeError(f"{self.process.args!r} ended")
         return answer
 
 
 def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     """Milliseconds a step of every contender, and its ratio to ours."""
-    case = step_models.cases()[name]
-    steps = {OURS: step_models.compiled(case)}
-    started = time.perf_counter()
-    steps[OURS]()
-    first = time.perf_counter() - started
-    steps |= {f"Pyro {kind}": step_models.pyro_svi(case, loss) for kind, loss in case.pyro.items()}
-    steps["PyTorch by hand"] = step_models.by_hand(case, compile=False)
-    steps["PyTorch by hand, torch.compile"] = step_models.by_hand(case, compile=True)
-    if case.samples is not None and pythae_peer.is_installed():
-        steps["pythae"] = step_models.pythae(case)
-    timers: dict[str, Callable[[int], float]] = {n: _timer(step) for n, step in steps.items()}
-    process = NumPyro(name) if _numpyro_has(name) else None
-    if process is not None:
-        timers["NumPyro jitted update"] = lambda n: process.seconds("update", n)
-        timers["NumPyro fori_loop"] = lambda n: process.seconds("fori_loop", n)
+    ways = list(step_models.ways(step_models.cases()[name]))
+    processes = {way: Process("step_torch", name, way) for way in ways}
+    processes[f"{BY_HAND}, memory kept"] = Process("step_torch", name, BY_HAND, **KEEPS_MEMORY)
+    timers = {way: _timer(process, "") for way, process in processes.items()}
+    if importlib.util.find_spec("numpyro") and step_models.cases()[name].in_numpyro:
+        processes["NumPyro"] = Process("step_numpyro", name)
+        timers["NumPyro jitted update"] = _timer(processes["NumPyro"], "update ")
+        timers["NumPyro fori_loop"] = _timer(processes["NumPyro"], "fori_loop ")
     try:
+        for process in processes.values():
+            process.answer()
         rows = _rounds(timers, rounds, seconds)
     finally:
-        if process is not None:
-            process.close()
+        for process in processes.values():
+            process.process.communicate()
     return {
         "milliseconds": {n: 1e3 * statistics.median(row[n] for row in rows) for n in timers},
         "fastest_milliseconds": {n: 1e3 * min(row[n] for row in rows) for n in timers},
         "ours_over": {
             n: statistics.median(row[OURS] / row[n] for row in rows) for n in timers if n != OURS
         },
-        "first_step_seconds": first,
     }
 
 
-def _rounds(
-    timers: dict[str, Callable[[int], float]], rounds: int, seconds: float
-) -> list[dict[str, float]]:
+def _timer(process: Process, way: str) -> Timer:
+    return lambda n: process.seconds(f"{way}{n}")
+
+
+def _rounds(timers: dict[str, Timer], rounds: int, seconds: float) -> list[dict[str, float]]:
     """Seconds a step, by contender and round; a turn takes about `seconds`."""
-    steps = {}
-    for name, timer in timers.items():
-        timer(3)
-        steps[name] = max(3, int(seconds / (timer(5) / 5)))
-    return [{n: timer(steps[n]) / steps[n] for n, timer in timers.items()} for _ in range(rounds)]
 
+    def turn(name: str, steps: int) -> float:
+        time.sleep(PAUSE)
+        timers[name](WARM_UP)
+        return timers[name](steps) / steps
 
-def _timer(step: step_models.Step) -> Callable[[int], float]:
-    def timer(n: int) -> float:
-        started = time.perf_counter()
-        for _ in range(n):
-            step()
-        return time.perf_counter() - started
-
-    return timer
-
-
-def _numpyro_has(name: str) -> bool:
-    script = Path(__file__).with_name("step_numpyro.py")
-    return importlib.util.find_spec("numpyro") is not None and f'"{name}"' in script.read_text()
+    steps = {name: max(3, int(seconds / turn(name, 5))) for name in timers}
+    return [{name: turn(name, steps[name]) for name in timers} for _ in range(rounds)]
 
 
 def start_up(name: str) -> dict[str, dict[str, float]]:
@@ -200,7 +185,6 @@ def main() -> None:
     options = parser.parse_args()
     models = {}
     for name in step_models.cases():
-        torch.manual_seed(0)
         models[name] = measure(name, options.rounds, options.seconds)
         print(
             name, *(f"{v:9.2f} ms  {n}" for n, v in models[name]["milliseconds"].items()), sep="\n"

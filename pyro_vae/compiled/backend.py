@@ -12,6 +12,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from pyro_vae.compiled.memory import keep_freed_memory
 from pyro_vae.compiled.program import Backend
 from pyro_vae.errors import CompileError
 
@@ -28,11 +29,14 @@ def resolve(backend: str | Backend) -> Backend:
 def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """Fuse the graph with TorchInductor. Random draws are those that eager operations make.
 
-    Compiled kernels are kept on disk by torch (`TORCHINDUCTOR_CACHE_DIR`).
+    Compiled kernels are kept on disk by torch (`TORCHINDUCTOR_CACHE_DIR`). On a CPU the process
+    keeps the memory that steps free, see `keep_freed_memory`.
 
     Raises:
         CompileError: there is no compiler for the device, or it fails.
     """
+    if any(tensor.device.type == "cpu" for tensor in inputs):
+        keep_freed_memory()
     with warnings.catch_warnings():
         # of torch's own use of torch.jit
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
@@ -43,6 +47,8 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
 
         # torch's own generators, so that a compiled run draws what an eager run draws
         options: dict[str, Any] = {"fallback_random": True}
+        # checked once, against the eager run (`Program`), instead of at every step
+        options |= {"size_asserts": False, "alignment_asserts": False}
         if matmul.available():
             options["post_grad_custom_post_pass"] = matmul.FasterProducts()
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value

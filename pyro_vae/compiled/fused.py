@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import pyro
@@ -65,7 +66,7 @@ class Fused:
 
     def prepare(self, *args: Any, **kwargs: Any) -> Call:
         """The compiled program for these arguments, made if there is none, and its inputs."""
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (structure, tuple(map(_describe, leaves)), _surroundings())
         programs = self._programs.setdefault(key, [])
@@ -112,6 +113,19 @@ class Fused:
                 stacklevel=2,
             )
         return program
+
+
+def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The leaves of the arguments and how they hang together; quickly where all are tensors."""
+    if not kwargs and all(type(argument) is Tensor for argument in args):
+        return list(args), _structure(len(args))
+    return tree_flatten((args, kwargs))
+
+
+@cache
+def _structure(count: int) -> Any:
+    """Of so many positional tensors."""
+    return tree_flatten(((None,) * count, {}))[1]
 
 
 class Call(NamedTuple):
