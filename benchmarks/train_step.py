@@ -3,14 +3,13 @@
     python -m benchmarks.train_step        # with NumPyro and pythae installed
 
 Every contender has a process of its own that sleeps until its turn, so that none has from another
-how threads or memory are set, and takes a few steps in its turn, round after round, after two that
-are not timed; reported are
-medians over the rounds, the fastest rounds, and the medians of the ratios within a round. "Memory
-kept" is a process whose malloc is told by environment variables what `pyro_vae.compiled.memory`
-tells it. All full fp32, all reading the loss at every step, except NumPyro's
-`fori_loop`. NumPyro and pythae take part where they are installed. Also reported: what the first
-compiled step takes, with an empty compilation cache and with one on disk, the peak memory, and the
-import time of `pyro_vae` against `import pyro`.
+how threads or memory are set. In its turn, round after round, it takes a few steps that are not
+timed and then some that are; reported are medians over the rounds, the fastest rounds, and the
+medians of the ratios within a round. "Memory kept" is a process whose malloc is told by environment
+variables what `pyro_vae.compiled.memory` tells it. All full fp32, all reading the loss at every
+step, except NumPyro's `fori_loop`. NumPyro and pythae take part where they are installed. Also
+reported: what the first compiled step takes, with an empty compilation cache and with one on disk,
+the peak memory, and the import time of `pyro_vae` against `import pyro`.
 
 The threads of PyTorch spin while they wait, which on a machine with other work costs milliseconds:
 there, set GOMP_SPINCOUNT=0. The load average stands in the results.
@@ -36,8 +35,7 @@ from benchmarks import report, step_models
 
 COMMAND = "python -m benchmarks.train_step"
 OURS, BY_HAND = step_models.OURS, step_models.BY_HAND
-# before a turn: until the threads of the process before have stopped spinning; and steps not timed
-PAUSE, WARM_UP = 0.1, 2
+PAUSE = 0.1  # seconds, until the threads of the process before have stopped spinning
 Timer = Callable[[int], float]  # steps to seconds
 COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", "pythae": "C4", OURS: "C0"}
 
@@ -106,7 +104,7 @@ def _rounds(timers: dict[str, Timer], rounds: int, seconds: float) -> list[dict[
 
     def turn(name: str, steps: int) -> float:
         time.sleep(PAUSE)
-        timers[name](WARM_UP)
+        timers[name](max(3, steps // 3))
         return timers[name](steps) / steps
 
     steps = {name: max(3, int(seconds / turn(name, 5))) for name in timers}
@@ -181,7 +179,7 @@ def main() -> None:
     """Measure, print, and write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=0.03, help="of a contender's turn")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of a contender's turn")
     options = parser.parse_args()
     models = {}
     for name in step_models.cases():

@@ -43,7 +43,9 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.exc import InductorError
 
-        from pyro_vae.compiled import matmul
+        from pyro_vae.compiled import convolutions, matmul
+
+        convolutions.multiply_out(graph)
 
         # torch's own generators, so that a compiled run draws what an eager run draws
         options: dict[str, Any] = {"fallback_random": True}

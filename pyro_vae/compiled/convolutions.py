@@ -1,0 +1,67 @@
+"""Transposed convolutions to one channel, as a decoder of grey images ends with, on a CPU.
+
+PyTorch's kernel pads the output's channels to a vector register, and computes sixteen for one. A
+product of matrices whose results are added where they overlap computes what is asked for: a third to
+a fifth of the time for a 4 x 4 kernel. From two channels on it is no faster.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import pad
+
+
+def multiply_out(graph: fx.GraphModule) -> None:
+    """Replace the transposed convolutions to one channel by products."""
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.convolution.default and _is_for_product(*node.args):
+            maps, weight, bias, stride, padding, *_ = node.args
+            node.target, node.args = transposed_convolution, (maps, weight, bias, stride, padding)
+    graph.recompile()
+
+
+def _is_for_product(
+    maps: fx.Node, weight: fx.Node, bias: fx.Node | None, stride: list[int], padding: list[int],
+    dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
+) -> bool:  # fmt: skip
+    value, shape = maps.meta["val"], weight.meta["val"].shape
+    return (
+        transposed
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float32, torch.float64)  # sums of rounded products else
+        and len(shape) == 4
+        and shape[1] == 1
+        and len(stride) == len(padding) == 2
+        and (set(dilation), set(output_padding), groups) == ({1}, {0}, 1)
+    )
+
+
+def transposed_convolution(
+    maps: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose2d`, as a product.
+
+    Args:
+        maps: `(batch, channels, height, width)`.
+        weight: `(channels, 1, kernel height, kernel width)`.
+        bias: `(1,)`.
+    """
+    batch, channels, height, width = maps.shape
+    rows = maps.permute(0, 2, 3, 1).reshape(-1, channels)
+    spread = (rows @ weight.flatten(1)).view(batch, height, width, *weight.shape[2:])
+    spread = spread.transpose(2, 3)  # batch, height, kernel height, width, kernel width
+    output = _overlapped(_overlapped(spread, stride[1], padding[1], 3), stride[0], padding[0], 1)
+    return output[:, None] if bias is None else output[:, None] + bias
+
+
+def _overlapped(spread: Tensor, stride: int, padding: int, dim: int) -> Tensor:
+    """Add up along `dim`, places `stride` apart, what each spreads over the kernel, `dim + 1`."""
+    places, kernel = spread.shape[dim : dim + 2]
+    overlaps = -(-kernel // stride)
+    behind = spread.dim() - dim - 1  # dimensions
+    spread = pad(spread, (0, 0) * (behind - 1) + (0, overlaps * stride - kernel))
+    parts = spread.unflatten(dim + 1, (overlaps, stride)).unbind(dim + 1)
+    shifted = [pad(part, (0, 0) * behind + (i, overlaps - 1 - i)) for i, part in enumerate(parts)]
+    whole = sum(shifted[1:], shifted[0]).flatten(dim, dim + 1)
+    return whole.narrow(dim, padding, (places - 1) * stride - 2 * padding + kernel)
