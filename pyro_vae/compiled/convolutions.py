@@ -1,8 +1,8 @@
 """Transposed convolutions to one channel, as a decoder of grey images ends with, on a CPU.
 
 PyTorch's kernel pads the output's channels to a vector register, and computes sixteen for one. A
-product of matrices whose results are added where they overlap computes what is asked for: a third to
-a fifth of the time for a 4 x 4 kernel. From two channels on it is no faster.
+product of matrices whose results are added where they overlap computes what is asked for: for a
+4 x 4 kernel in a third to a fifth of the time. From two channels on it is no faster.
 """
 
 from __future__ import annotations
