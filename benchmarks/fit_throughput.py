@@ -3,8 +3,9 @@
     python -m benchmarks.fit_throughput        # with pythae installed
 
 Both train a 784-400-20 tanh VAE with a Bernoulli likelihood on the same binary rows, batch 128,
-Adam at 1e-3 as each has it by default, an epoch of each in turn in one process: `fit` compiled and
-not, and with matrix products in bfloat16 (what that does to log p(x): `mnist_compiled`), and pythae's `BaseTrainer` (its `train_step`, which is an epoch). Neither writes files.
+Adam at 1e-3 as each has it by default, an epoch of each in turn in one process: `fit` compiled, not
+compiled, and with its matrix products in bfloat16 (`mnist_compiled` shows what that does to log
+p(x)); and pythae's `BaseTrainer` (its `train_step`, which is an epoch). Neither writes files.
 Reported: rows a second, medians over epochs, and the medians of the ratios to pythae's epoch in
 the same turn.
 """
