@@ -32,6 +32,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import report, step_models
+from pyro_vae.compiled import memory
 
 COMMAND = "python -m benchmarks.train_step"
 OURS, BY_HAND = step_models.OURS, step_models.BY_HAND
@@ -40,8 +41,10 @@ Timer = Callable[[int], float]  # steps to seconds
 COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", "pythae": "C4", OURS: "C0"}
 
 
-# told malloc what `pyro_vae.compiled.memory` tells it
-KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": f"{512 * 2**20}", "MALLOC_MMAP_THRESHOLD_": f"{2**25}"}
+KEEPS_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(memory.KEPT),
+    "MALLOC_MMAP_THRESHOLD_": str(memory.FROM_HEAP),
+}
 
 
 class Process:
@@ -59,6 +62,10 @@ class Process:
         self.process.stdin.write(f"{request}\n")
         self.process.stdin.flush()
         return float(self.answer())
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
 
     def answer(self) -> str:
         """Its next line."""
@@ -85,7 +92,7 @@ def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
         rows = _rounds(timers, rounds, seconds)
     finally:
         for process in processes.values():
-            process.process.communicate()
+            process.close()
     return {
         "milliseconds": {n: 1e3 * statistics.median(row[n] for row in rows) for n in timers},
         "fastest_milliseconds": {n: 1e3 * min(row[n] for row in rows) for n in timers},
