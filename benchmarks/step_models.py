@@ -10,7 +10,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ import pyro_vae as pv
 from benchmarks import pythae_peer
 
 Step = Callable[[], float]
-PIXELS, LEARNING_RATE = 784, 1e-3
+PIXELS, STATES, LEARNING_RATE = 784, 8, 1e-3
 OURS, BY_HAND = "compiled", "PyTorch by hand"
 
 
@@ -37,17 +37,18 @@ class Case:
 
     pair: Callable[[], tuple[Any, Any, nn.Module, Callable[..., Tensor]]]
     args: tuple[Tensor, ...]
-    objective: pv.objectives.Objective
+    objective: ELBO
     pyro: dict[str, Any]
     samples: int | None = None
     in_numpyro: bool = True
 
 
 def cases() -> dict[str, Case]:
-    """The four settings, by name."""
+    """The settings, by name."""
     pyro_elbos = {"Trace_ELBO": Trace_ELBO(), "TraceMeanField_ELBO": TraceMeanField_ELBO()}
     renyi = RenyiELBO(alpha=0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
     deep = lambda k: lambda: _mlp_vae([200, 200], 50, k)  # noqa: E731
+    enumeration = TraceEnum_ELBO(max_plate_nesting=1)
     torch.manual_seed(0)
     return {
         "MLP 784-400-20, batch 128": Case(
@@ -64,6 +65,13 @@ def cases() -> dict[str, Case]:
         ),
         "Bayesian regression, AutoNormal": Case(
             _regression, _regression_data(), pv.ELBO("auto"), pyro_elbos
+        ),
+        "hidden Markov model, 64 x 10, 8 states": Case(
+            _hidden_markov,
+            (torch.randn(64, 10),),
+            enumeration,
+            {"TraceEnum_ELBO": enumeration},
+            in_numpyro=False,
         ),
     }
 
@@ -210,6 +218,39 @@ def _regression_data() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 10, generator=generator)
     return x, x.sum(-1) + torch.randn(500, generator=generator)
+
+
+class _HiddenMarkov(nn.Module):
+    """Sequences of values about the locations of hidden states, which Pyro sums over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transition = nn.Parameter(torch.zeros(STATES, STATES))
+        self.loc = nn.Parameter(torch.linspace(-2, 2, STATES))
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("hidden_markov", self)
+        state: Any = 0
+        with pyro.plate("sequences", len(x)):
+            for t in pyro.markov(range(x.shape[1])):
+                states = dist.Categorical(logits=self.transition[state])
+                state = pyro.sample(f"state_{t}", states, infer={"enumerate": "parallel"})
+                pyro.sample(f"x_{t}", dist.Normal(self.loc[state], 1.0), obs=x[:, t])
+
+    def loss(self, x: Tensor) -> Tensor:
+        """By the forward algorithm."""
+        log_transition = self.transition.log_softmax(-1)
+        normal = torch.distributions.Normal(self.loc, 1.0, validate_args=False)
+        log_px = normal.log_prob(x[..., None])
+        forward = log_transition[0] + log_px[:, 0]
+        for t in range(1, x.shape[1]):
+            forward = (forward[..., None] + log_transition).logsumexp(-2) + log_px[:, t]
+        return -forward.logsumexp(-1).sum()
+
+
+def _hidden_markov() -> tuple[Any, ...]:
+    model = _HiddenMarkov()
+    return model, lambda x: None, model, model.loss
 
 
 def _images(batch: int) -> Tensor:

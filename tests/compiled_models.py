@@ -217,6 +217,54 @@ def mixture() -> tuple[Any, ...]:
     return made.model, made.guide, (binary(),)
 
 
+class Mixture(nn.Module):
+    """A cluster a datum, enumerated in the guide, which holds one cluster for impossible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.classify = nn.Parameter(torch.randn(3)), nn.Linear(1, 3)
+        self.register_buffer("possible", torch.tensor([0.0, -torch.inf, 0.0]))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=self.possible))
+            pyro.sample("x", dist.Normal(self.loc[k], 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = dist.Categorical(logits=self.classify(x[:, None]) + self.possible)
+            pyro.sample("k", k, infer={"enumerate": "parallel"})
+
+
+def impossible_cluster() -> tuple[Any, ...]:
+    pair = Mixture()
+    return pair.model, pair.guide, (torch.randn(ROWS),)
+
+
+class HiddenMarkov(nn.Module):
+    """A chain of states that are enumerated in the model, and a guide for their locations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transition = nn.Parameter(torch.randn(2, 2))
+        self.guess = nn.Parameter(torch.zeros(2))
+
+    def model(self, x: Tensor) -> None:
+        loc, state = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1)), 0
+        for t in pyro.markov(range(len(x))):
+            states = dist.Categorical(logits=self.transition[state])
+            state = pyro.sample(f"state {t}", states, infer={"enumerate": "parallel"})
+            pyro.sample(f"x {t}", dist.Normal(loc[..., state], 1.0), obs=x[t])
+
+    def guide(self, x: Tensor) -> None:
+        pyro.sample("loc", dist.Normal(self.guess, 0.5).to_event(1))
+
+
+def hidden_markov() -> tuple[Any, ...]:
+    pair = HiddenMarkov()
+    return pair.model, pair.guide, (torch.randn(4),)
+
+
 MODELS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "bernoulli": vae,
     "Pyro's flow": lambda: vae(posterior=PyroFlow()),
@@ -227,6 +275,8 @@ MODELS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "masked and scaled": masked,
     "scaled and masked by the data": weighed,
     "enumerated mixture": mixture,
+    "enumerated impossible cluster": impossible_cluster,
+    "enumerated chain in the model": hidden_markov,
     "AutoNormal": regression(AutoNormal),
     "AutoLowRank": regression(lambda m: AutoLowRankMultivariateNormal(m, rank=2)),
     "PyroModule": pyro_module,

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae, weighed
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -31,6 +31,9 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "MIWAE": lambda: pv.MIWAE(2, 2),
     "Pyro Trace_ELBO": Trace_ELBO,
     "Pyro TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "Pyro TraceEnum_ELBO": lambda: TraceEnum_ELBO(
+        max_plate_nesting=1, strict_enumeration_warning=False
+    ),
 }
 
 # DReG evaluates the flow's inverse, whose loop indexes by the elements of a tensor

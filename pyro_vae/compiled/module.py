@@ -38,7 +38,7 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
 
     Args:
         loss: `objective(model, guide)`, of this library's objectives or of Pyro's that have a
-            `differentiable_loss`.
+            `differentiable_loss` (all but `TraceGraph_ELBO`; `TraceEnum_ELBO` enumerates as ever).
         example: arguments to compile for now rather than at the first call.
         backend: `"inductor"`, another of `torch.compile`'s backends, or a function like those.
 

@@ -50,7 +50,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(value, Tensor) and value not in self._made:
                 self.inputs.setdefault(id(value), value)
                 self._versions.setdefault(id(value), value._version)
-        if torch.Tag.dynamic_output_shape in func.tags and not _is_plain_indexing(func, args):
+        if (
+            torch.Tag.dynamic_output_shape in func.tags
+            and not _is_plain_indexing(func, args)
+            and _caller() != _ENUMERATION  # traced without, see `_expectation`
+        ):
             raise CompileError(
                 f"{_where_now()} cannot be compiled: the shape of its result depends on the values "
                 f"of a tensor. {REMEDY}."
@@ -106,14 +110,15 @@ class _Interpreted(TorchFunctionMode):
     """Watches the calls by which values leave a tensor, which a graph cannot follow.
 
     Pyro's own losses take numbers out of tensors only to report them: those calls get the detached
-    tensor instead. Its warnings about NaN and the validation of distributions are left out.
+    tensor instead. Its warnings about NaN and the validation of distributions are left out, and its
+    enumeration sums over values of no probability as well, see `_expectation`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.item, Tensor.__bool__, Tensor.register_hook):
+        if func in _ANSWERED:
             answer = _ANSWERS.get((func, *_caller()))
             if answer is not None:
-                return answer(args[0])
+                return answer(*args)
         if func in _ESCAPES:
             name = getattr(func, "__name__", str(func))
             raise CompileError(
@@ -184,22 +189,39 @@ def _same_node(a: Any, b: Any) -> bool:
     return shape == other and all(map(_same_node, left, right))
 
 
+def _expectation(probability: Tensor, cost: Tensor) -> Tensor:
+    """The sum over what is enumerated; a cost of no probability does not count, infinite or not.
+
+    `TraceEnum_ELBO` selects the others instead, so that shapes would depend on values.
+    """
+    return (probability * torch.where(probability > 0, cost, 0.0)).sum()
+
+
+_ENUMERATION = ("pyro.infer.util", "compute_expectation")
 # by function, and by module and name of who calls it
-_ANSWERS: dict[tuple[Any, str, str], Callable[[Tensor], Any]] = {
+_ANSWERS: dict[tuple[Any, str, str], Callable[..., Any]] = {
     (Tensor.item, "pyro.infer.util", "torch_item"): Tensor.detach,
-    (Tensor.register_hook, "pyro.util", "warn_if_nan"): lambda _: None,
+    (Tensor.register_hook, "pyro.util", "warn_if_nan"): lambda *_: None,
+    (Tensor.__bool__, *_ENUMERATION): lambda _: True,
+    (torch.tensordot, "pyro.infer.util", "_fulldot"): _expectation,
     (Tensor.__bool__, "pyro_vae.programs", "equal"): _alike,
     (Tensor.__bool__, "pyro.util", "warn_if_nan"): lambda _: False,
     # distributions made with validate_args=True
     (Tensor.__bool__, "torch.distributions.distribution", "__init__"): lambda _: True,
     (Tensor.__bool__, "torch.distributions.distribution", "_validate_sample"): lambda _: True,
 }
+# torch's own frames between the one who calls and us
+_DISPATCHERS = (
+    "torch.overrides", "torch._tensor", "torch.functional",
+    "torch._compile", "torch._dynamo.eval_frame",
+)  # fmt: skip
+_ANSWERED = {function for function, *_ in _ANSWERS}
 
 
 def _caller() -> tuple[str, str]:
     """Module and name of the function that made the call."""
     frame = sys._getframe(2)
-    while frame.f_back and frame.f_globals.get("__name__") in ("torch.overrides", "torch._tensor"):
+    while frame.f_back and frame.f_globals.get("__name__") in _DISPATCHERS:
         frame = frame.f_back
     return frame.f_globals.get("__name__", ""), frame.f_code.co_name
 
