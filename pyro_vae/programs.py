@@ -6,14 +6,11 @@ callables, not only this library's `VAE`. All log-densities are in nats.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pyro
@@ -27,6 +24,7 @@ from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_vae.errors import SiteError
+from pyro_vae.reach import reach
 from pyro_vae.typing import Program
 
 Site = dict[str, Any]
@@ -280,64 +278,12 @@ class _DetachParams(Messenger):
 
 
 def modules_of(*programs: Program) -> list[nn.Module]:
-    """The modules that programs are made of: a module itself, the owner of a bound method, and
-    what functions (handlers of `poutine` among them) and plain objects hold, in closures, partials,
-    globals, attributes, lists and dictionaries."""
-    found: list[nn.Module] = []
-    seen: dict[int, Any] = {}  # the things too, so that none of them makes room for another
-
-    def look(thing: Any) -> None:
-        if id(thing) in seen:
-            return
-        seen[id(thing)] = thing
-        if isinstance(thing, nn.Module):
-            found.append(thing)
-        for part in _parts(thing):
-            look(part)
-
-    for program in programs:
-        look(program)
-    return found
-
-
-def _parts(thing: Any) -> Iterable[Any]:
-    """What a thing is made of, as far as a program may call it."""
-    if isinstance(thing, functools.partial):
-        return (thing.func, *thing.args, *thing.keywords.values())
-    if inspect.ismethod(thing):
-        return (thing.__self__, thing.__func__)
-    if inspect.isfunction(thing):
-        return _held(thing)
-    if isinstance(thing, Mapping):
-        return thing.values()
-    if isinstance(thing, list | tuple | set):
-        return thing
-    if isinstance(thing, nn.Module | type | ModuleType) or _of_library(type(thing).__module__):
-        return ()
-    return (type(thing).__call__, *getattr(thing, "__dict__", {}).values())
-
-
-def _held(function: FunctionType) -> list[Any]:
-    """What a function's code, and that of the functions within it, finds in closure and globals."""
-    empty = CellType()  # of a name that is yet to be bound
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != empty]
-    if _of_library(function.__globals__["__name__"]):
-        return cells
-    names = _names(function.__code__)
-    found = [function.__globals__[name] for name in names if name in function.__globals__]
-    imported = [vars(m).get(name) for m in found if isinstance(m, ModuleType) for name in names]
-    return [*cells, *found, *(m for m in imported if isinstance(m, nn.Module))]
-
-
-def _names(code: CodeType) -> set[str]:
-    within = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
-    return set(code.co_names).union(*within)
-
-
-def _of_library(module: str) -> bool:
-    """Whether code of this name holds no networks of the user's in its globals."""
-    root = module.split(".")[0]
-    return root in ("torch", "pyro", "pyro_vae", "numpy") or root in sys.stdlib_module_names
+    """The outermost modules that programs are made of: a module itself, the owner of a bound
+    method, and what functions (handlers of `poutine` among them) and plain objects hold, in
+    closures, partials, globals, attributes, lists and dictionaries."""
+    found = reach({f"program {i}": program for i, program in enumerate(programs)}).modules
+    within = {part for module in found for part in module.modules() if part is not module}
+    return [module for module in found if module not in within]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pyro_vae.compiled.fused import Fused
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.replay import Replayed
 from pyro_vae.compiled.update import AdamUpdate
-from pyro_vae.errors import CompileError, NonFiniteError
+from pyro_vae.errors import CompileError, ConfigError, NonFiniteError
 
 KINDS: dict[str, Callable[..., Any]] = {
     "Adam": Adam,
@@ -98,7 +98,95 @@ class TestTheUpdate:
             pyro.set_rng_seed(seed)
             by_torch(twin, its, x)
             same(flat(mine), flat(its))
-        assert len(svi._step.seconds) == 2  # a learning rate is a number; betas are frozen
+        assert len(svi._step.seconds) == 1
+
+    def test_a_schedule_of_all_options(self) -> None:
+        """OneCycleLR moves betas too."""
+        svi, mine, twin, its, x = twins(lambda p, lr: AdamW(p, lr, weight_decay=0.1))
+        schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=8) for o in (mine, its)
+        ]
+        for seed in range(5):
+            pyro.set_rng_seed(seed)
+            svi.step(x)
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+            same(flat(mine), flat(its))
+            for schedule, optimizer in zip(schedules, (mine, its), strict=True):
+                schedule.step()
+                optimizer.param_groups[0]["weight_decay"] *= 0.9
+        assert len(svi._step.seconds) == 1
+
+    @pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+    def test_an_option_that_is_torchs_own(self, option: str) -> None:
+        svi, mine, twin, its, x = twins(Adam)
+        for seed in range(4):
+            if seed == 1:
+                for optimizer in (mine, its):
+                    optimizer.param_groups[0][option] = True
+                    optimizer.state.clear()
+            pyro.set_rng_seed(seed)
+            svi.step(x)
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+            same(flat(mine), flat(its))
+
+    def test_groups_in_another_order(self) -> None:
+        def grouped(parameters: Any, lr: float) -> Adam:
+            *first, last = parameters
+            return Adam([{"params": first}, {"params": [last], "lr": 10 * lr}], lr)
+
+        svi, mine, twin, its, x = twins(grouped)
+        for seed in range(4):
+            if seed == 2:
+                mine.param_groups.reverse()
+                its.param_groups.reverse()
+            pyro.set_rng_seed(seed)
+            svi.step(x)
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+            same(flat(mine), flat(its))
+
+    def test_hooks_of_parameters_are_called(self) -> None:
+        svi, mine, twin, its, x = twins(Adam)
+        seen: list[int] = []
+        for seed in range(4):
+            if seed == 1:
+                for optimizer in (mine, its):
+                    p = optimizer.param_groups[0]["params"][0]
+                    p.register_hook(lambda g: 3 * g)
+                    p.register_post_accumulate_grad_hook(lambda p: seen.append(1))
+            pyro.set_rng_seed(seed)
+            svi.step(x)
+            pyro.set_rng_seed(seed)
+            by_torch(twin, its, x)
+            same(flat(mine), flat(its))
+        assert len(seen) == 2 * 3
+
+    def test_complex_parameters(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(torch.tensor([1.0 + 2.0j, -0.5 + 0.1j]))
+
+            def forward(self, x: Tensor) -> None:
+                pyro.sample("x", pyro.distributions.Normal(self.w.abs().sum(), 1.0), obs=x)
+
+        class Empty(nn.Module):
+            def forward(self, x: Tensor) -> None: ...
+
+        svi, mine, twin, its, x = twins(Adam, lambda: (Model(), Empty(), (torch.tensor(0.3),)))
+        for _ in range(3):
+            svi.step(x)
+            by_torch(twin, its, x)
+        torch.testing.assert_close(mine.param_groups[0]["params"], its.param_groups[0]["params"])
+
+    def test_a_loss_that_uses_none_of_the_parameters(self) -> None:
+        model, guide, (x,) = vae()
+        optimizer = Adam([nn.Parameter(torch.ones(1))], 0.1)
+        svi = pv.CompiledSVI(model, guide, optimizer, pv.ELBO(), backend="eager")
+        with pytest.raises(ConfigError, match="depends on no parameter"):
+            svi.step(x)
 
     def test_groups_have_options_of_their_own(self) -> None:
         def grouped(parameters: Any, lr: float) -> Adam:

@@ -16,6 +16,9 @@ from pyro_vae.compiled.memory import keep_freed_memory
 from pyro_vae.compiled.program import Backend
 from pyro_vae.errors import CompileError
 
+# torch would compare with uniforms in float32, which are other draws than eager's in float64
+_DRAWN_WHOLE = (torch.ops.aten.bernoulli.default, torch.ops.aten.bernoulli.p)
+
 
 def resolve(backend: str | Backend) -> Backend:
     """A backend by name, `"inductor"` or one of `torch.compile`'s, or itself."""
@@ -41,6 +44,7 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
         # of torch's own use of torch.jit
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.decomposition import decompositions
         from torch._inductor.exc import InductorError
 
         from pyro_vae.compiled import convolutions, matmul
@@ -49,6 +53,7 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
 
         # torch's own generators, so that a compiled run draws what an eager run draws
         options: dict[str, Any] = {"fallback_random": True}
+        whole = {k: f for k, f in decompositions.items() if k not in _DRAWN_WHOLE}
         # checked once, against the eager run (`Program`), instead of at every step
         options |= {"size_asserts": False, "alignment_asserts": False}
         if matmul.available():
@@ -58,7 +63,7 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
         fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
         try:
             with tracing(TracingContext(mode)):
-                return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
+                return compile_fx(graph, fake, config_patches=options, decompositions=whole)  # type: ignore[return-value]
         except InductorError as error:
             raise CompileError(
                 "TorchInductor cannot compile the program; on a CPU it needs a working C++ "

@@ -66,6 +66,12 @@ class Fused:
 
     def prepare(self, *args: Any, **kwargs: Any) -> Call:
         """The compiled program for these arguments, made if there is none, and its inputs."""
+        if _PYRO_STACK:
+            names = [type(handler).__name__ for handler in _PYRO_STACK]
+            raise CompileError(
+                f"a compiled program does not see the effect handlers around its call ({names}): "
+                "put them inside the model or guide"
+            )
         leaves, structure = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (structure, tuple(map(_describe, leaves)), _surroundings())
@@ -75,18 +81,13 @@ class Fused:
             if inputs is not None:
                 return Call(program, inputs)
         program = self._compile(leaves, structure)
-        programs.insert(0, program)
+        if program.checked:  # or it is made again
+            programs.insert(0, program)
         inputs = program.inputs(tensors)
         assert inputs is not None
         return Call(program, inputs)
 
     def _compile(self, leaves: list[Any], structure: Any) -> Program:
-        if _PYRO_STACK:
-            names = [type(handler).__name__ for handler in _PYRO_STACK]
-            raise CompileError(
-                f"a compiled program does not see the effect handlers around its call ({names}): "
-                "put them inside the model or guide"
-            )
         # objects of their own, so that an argument is told from a parameter or another argument
         own = [
             leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
@@ -138,9 +139,13 @@ class Call(NamedTuple):
         """The computation's tensors, detached, and the gradients of the first."""
         return self.program(self.inputs)
 
-    def differentiable(self) -> tuple[list[Tensor], Any]:
-        """The computation's tensors, the first differentiable, and its static rest."""
-        results = self.run()
+    def differentiable(self, results: Results | None = None) -> tuple[list[Tensor], Any]:
+        """The computation's tensors, the first differentiable, and its static rest.
+
+        Args:
+            results: of `run`, if it was called already.
+        """
+        results = results or self.run()
         first, *rest = results.outputs
         if results.wanted and torch.is_grad_enabled():
             first = _Differentiable.apply((first, results.gradients), *results.wanted)

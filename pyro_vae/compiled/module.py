@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
@@ -29,9 +29,13 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     `objective(model, guide)`. Every call draws afresh, and draws what the eager loss would draw.
 
     The programs must have static structure. The tensors they use may change in place, and those
-    in modules, Pyro's store, closures and globals may be replaced as well; a tensor inside a list
-    or dictionary is the same object for ever. Checks of distributions' arguments
-    (`pyro.enable_validation`) are made at the first call only.
+    in modules, other objects, lists and dictionaries (of up to 64 entries), Pyro's store, closures
+    and globals may be replaced as well. A Python number there that changes, a module or function
+    that is replaced, and another argument that is no tensor are another program, compiled at the
+    next call; values inside numpy arrays are taken as they are at the first. What a program leaves
+    in Python (an attribute that holds its last draw, a list that it appends to) is left when it is
+    compiled and not again, and checks of distributions' arguments (`pyro.enable_validation`) are
+    made then only.
 
     On a CPU under glibc the process keeps up to 512 MB of memory that it frees from then on, unless
     malloc's environment variables say otherwise.
@@ -77,10 +81,15 @@ class CompiledLoss(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, differentiable; arguments are those of model and guide."""
-        if self._fused is None:  # a copy
+        if self._fused is None:  # a copy, or of other parts than before
             self._fused = fuse_loss(self.elbo, self.model, self.guide, self._backend)
         outputs, _ = self._fused(*args, **kwargs)
         return outputs[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("model", "guide", "elbo"):
+            self._fused = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy compiles for its own parameters
@@ -100,6 +109,8 @@ def loss_of(objective: Any, model: Program, guide: Program) -> Computation:
     Raises:
         ConfigError: the objective has no differentiable loss.
     """
+    if isinstance(objective, TraceTailAdaptive_ELBO):
+        raise ConfigError("TraceTailAdaptive_ELBO has gradients but no loss to check and report")
     if isinstance(objective, ELBO) and not hasattr(objective, "differentiable_loss"):
         raise ConfigError(
             f"{type(objective).__name__} has no differentiable_loss, so it cannot be compiled"

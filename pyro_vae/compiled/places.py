@@ -2,55 +2,26 @@
 
 A traced graph holds nothing of its own: at every call each parameter, buffer or attribute is looked
 up again at its place, so that in-place edits, `load_state_dict`, `.to(...)` and a replaced tensor
-are all seen, and a number that changed is known to invalidate the graph.
+are all seen; and a number, a module or a function that changed is known to invalidate the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
-from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_vae import reach
 from pyro_vae.compiled.update import MOMENTS, AdamUpdate
-
-# what a graph freezes: Python values that a program can branch on or compute with
-CONSTANTS = (bool, int, float, complex, str, type(None))
-_LIBRARIES = ("torch", "pyro", "pyro_vae", "builtins")
-_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
-
-
-class Place(NamedTuple):
-    """One entry of one of an object's dictionaries: `getattr(owner, table)[key]`."""
-
-    owner: Any
-    table: str
-    key: str
-    label: str
-
-    def get(self) -> Any:
-        """What is there now; None where the entry has gone."""
-        return getattr(self.owner, self.table).get(self.key)
-
-
-class CellPlace(NamedTuple):
-    """A variable that a function closes over."""
-
-    cell: CellType
-    label: str
-
-    def get(self) -> Any:
-        """What the variable holds now."""
-        return _contents(self.cell)
+from pyro_vae.reach import Place, is_constant
 
 
 class Held(NamedTuple):
-    """A tensor reached by no known way (from within a list, say): the object itself."""
+    """A tensor reached by no known way: the object itself."""
 
     tensor: Tensor
     label: str
@@ -73,61 +44,47 @@ class Moment(NamedTuple):
         return self.optimizer.state.get(self.parameter, {}).get(self.key)
 
 
-AnyPlace = Place | CellPlace | Held | Moment
+AnyPlace = reach.AnyPlace | Held | Moment
 
 
 class Territory:
     """Everything that can be reached from some programs: their modules, and the places they use.
 
     Args:
-        roots: named modules, functions and objectives. From them the search follows submodules,
-            closures, and the globals that functions name, but enters no list or dictionary.
+        roots: named modules, functions and objectives, see `pyro_vae.reach`.
         update: that ends the programs' run, whose parameters and moments may change.
+
+    Attributes:
+        changed: the identities of the tensors that recorded runs changed.
     """
 
     def __init__(self, roots: Mapping[str, Any], update: AdamUpdate | None = None) -> None:
         self.update = update
-        self.modules: dict[nn.Module, str] = {}
-        self._places: list[AnyPlace] = []
-        self._seen: set[int] = set()
-        for label, root in roots.items():
-            self.visit(root, label)
+        self.changed: set[int] = set()
+        self._roots = dict(roots)
 
-    def visit(self, thing: Any, label: str) -> None:
-        """Add `thing` and what it reaches."""
-        if id(thing) in self._seen:
-            return
-        if isinstance(thing, nn.Module):
-            self._seen.add(id(thing))
-            self._visit_module(thing, label)
-        elif isinstance(thing, FunctionType):
-            self._seen.add(id(thing))
-            if _is_users(thing.__module__):
-                self._visit_function(thing, label)
-        elif isinstance(thing, MethodType):
-            self.visit(thing.__self__, label)
-            self.visit(thing.__func__, label)
-        elif isinstance(thing, partial):
-            for i, part in enumerate((thing.func, *thing.args, *thing.keywords.values())):
-                self.visit(part, f"{label}[{i}]")
-        elif hasattr(thing, "__wrapped__"):
-            self.visit(thing.__wrapped__, label)
-        elif isinstance(thing, ELBO):
-            self._seen.add(id(thing))
-            self._places += [Place(thing, "__dict__", k, f"{label}.{k}") for k in vars(thing)]
+    def add(self, module: nn.Module) -> None:
+        """Have another module, which the search does not find by itself."""
+        self._roots[f"{type(module).__name__} {len(self._roots)}"] = module
 
-    def places(self) -> Iterator[AnyPlace]:
+    @property
+    def modules(self) -> dict[nn.Module, str]:
+        """Every module, and the name of the way to it."""
+        return reach.reach(self._roots).modules
+
+    def places(self) -> list[AnyPlace]:
         """Every entry that holds something now, Pyro's parameter store included."""
-        yield from self._places
-        for module, label in self.modules.items():
-            for table in ("__dict__", "_parameters", "_buffers"):
-                for key in getattr(module, table):
-                    if key not in _MODULE_INTERNALS:
-                        yield Place(module, table, key, f"{label}.{key}")
-        store = pyro.get_param_store()
-        for key in store.keys():  # noqa: SIM118
-            yield Place(store, "_params", key, f'pyro.param("{key}")')
-        yield from self._moments()
+        return [*reach.reach(self._roots).places, *_stored(), *self._moments()]
+
+    def frozen(self) -> list[tuple[AnyPlace, Any]]:
+        """What a graph takes for granted: Python values, functions, arrays of numpy, and the
+        objects that hold others; of these, that they are the same objects."""
+        found = reach.reach(self._roots)
+        store = next(_stored())
+        held = [(place, place.get()) for place in found.places]
+        held.append((store, store.get()))
+        structure = {*found.structure, id(store.get())}
+        return [(p, v) for p, v in held if id(v) in structure or _is_granted(v)]
 
     def changing(self) -> list[tuple[Tensor, AnyPlace]]:
         """The tensors that a run may change: the modules' buffers, and what the update updates."""
@@ -140,6 +97,11 @@ class Territory:
             places += self._moments()
         return [(held, p) for p in places if isinstance(held := p.get(), Tensor)]
 
+    def changed_buffers(self) -> list[Tensor]:
+        """The modules' buffers that a recorded run changed, each once."""
+        found = (b for m in self.modules for b in m._buffers.values() if b is not None)
+        return list({id(buffer): buffer for buffer in found if id(buffer) in self.changed}.values())
+
     def _moments(self) -> list[Moment]:
         if self.update is None:
             return []
@@ -149,31 +111,22 @@ class Territory:
             for p in self.update.parameters() for key in MOMENTS
         ]  # fmt: skip
 
-    def _visit_module(self, module: nn.Module, label: str) -> None:
-        for name, part in module.named_modules():
-            self._seen.add(id(part))
-            self.modules[part] = ".".join(filter(None, (label, name)))
-            if _is_users(type(part).__module__):
-                self.visit(type(part).forward, type(part).__qualname__)
-            for key, value in vars(part).items():
-                if isinstance(value, FunctionType | MethodType | partial):
-                    self.visit(value, f"{self.modules[part]}.{key}")
 
-    def _visit_function(self, function: FunctionType, label: str) -> None:
-        for name, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        ):
-            self._places.append(CellPlace(cell, f"{label}: {name}"))
-            self.visit(_contents(cell), name)
-        for name in _names(function.__code__):
-            if name in function.__globals__:
-                self._places.append(Place(function, "__globals__", name, name))
-                self.visit(function.__globals__[name], name)
+def _stored() -> Iterator[Place]:
+    store = pyro.get_param_store()
+    # where it is cleared or exchanged, another dictionary
+    yield Place(store, "__dict__", "_params", "Pyro's parameter store")
+    for key in store.keys():  # noqa: SIM118
+        yield Place(store, "_params", key, f'pyro.param("{key}")')
 
 
-def constants(places: Iterable[AnyPlace]) -> list[tuple[AnyPlace, Any]]:
-    """The Python values at these places."""
-    return [(place, value) for place in places if isinstance(value := place.get(), CONSTANTS)]
+def _is_granted(value: Any) -> bool:
+    return is_constant(value) or callable(value) or isinstance(value, np.ndarray)
+
+
+def same(now: Any, then: Any) -> bool:
+    """Whether what was taken for granted still holds: the same object, or an equal Python value."""
+    return now is then or (type(now) is type(then) and is_constant(now) and now == then)
 
 
 def tensors_at(places: Iterable[AnyPlace]) -> list[Tensor]:
@@ -189,21 +142,3 @@ def tensors(places: Iterable[AnyPlace]) -> dict[int, AnyPlace]:
         if isinstance(value, Tensor):
             found.setdefault(id(value), place)
     return found
-
-
-def _names(code: Any) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if hasattr(constant, "co_names"):
-            yield from _names(constant)
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet assigned
-        return None
-
-
-def _is_users(module: str | None) -> bool:
-    return (module or "").split(".")[0] not in _LIBRARIES

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.compiled import places
-from pyro_vae.compiled.places import AnyPlace, Held, Place, Territory
+from pyro_vae.compiled.places import AnyPlace, Held, Territory
 from pyro_vae.compiled.trace import Recorder
 from pyro_vae.errors import CompileError
+from pyro_vae.reach import Place, is_constant
 
 # a program as it is traced: tensors to report, the loss first, and whatever stays as it is
 Run = Callable[[], tuple[Sequence[Tensor], Any]]
@@ -46,6 +47,11 @@ class Recording:
     changed: list[Change]
     frozen: list[tuple[AnyPlace, Any]] = field(default_factory=list)
 
+    @property
+    def found(self) -> list[Tensor]:
+        """The gradients that are there."""
+        return [gradient for gradient in self.gradients if gradient is not None]
+
 
 def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recording:
     """Run eagerly until nothing new turns up (parameters made on first use, say), and record it.
@@ -60,7 +66,7 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
     """
     validated = [True] if is_validation_enabled() else []
     for validation in [*validated, *[False] * _ATTEMPTS]:
-        before = _inventory(territory)
+        before, frozen = _inventory(territory), territory.frozen()
         with (
             pyro.validation_enabled(validation),
             preserved(territory, arguments) as changes,
@@ -69,13 +75,49 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
             recording = _run(run, arguments, territory, changes)
         after = _inventory(territory)
         if before == after and not validation:
-            recording.frozen = places.constants(territory.places())
+            territory.changed |= {id(change.tensor) for change in recording.changed}
+            recording.frozen = [(p, v) for p, v in frozen if places.same(p.get(), v)]
             return recording
     changed = sorted({label for label, _ in (before - after) + (after - before)})
     raise CompileError(
         f"{', '.join(changed[:5])} changes at every run of the program, and would stand still in a "
         "compiled one: make it a buffer that is changed in place, or an argument"
     )
+
+
+def rerun(
+    run: Run, arguments: Sequence[Tensor], territory: Territory, recording: Recording
+) -> Recording:
+    """Record the run once more, its parameters moved by about their rounding.
+
+    What this changes is what rounding may change.
+    """
+    moved = [t for t, _ in recording.captured if t.requires_grad and t.is_floating_point()]
+    saved = [t.detach().clone() for t in moved]
+    with preserved(territory, arguments) as changes:
+        try:
+            with torch.no_grad():
+                for t in moved:
+                    signs = 1 - 2 * (torch.arange(t.numel(), device=t.device) % 2).view(t.shape)
+                    t += torch.finfo(t.dtype).eps * (1 + t.abs()) * signs
+            return _run(run, arguments, territory, changes)
+        finally:
+            with torch.no_grad():
+                for t, before in zip(moved, saved, strict=True):
+                    t.copy_(before)
+
+
+@contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the hooks of parameters out of a graph: who uses its gradients calls them."""
+    hooks = [t._backward_hooks for t in tensors]
+    try:
+        for t in tensors:
+            t._backward_hooks = None
+        yield
+    finally:
+        for t, found in zip(tensors, hooks, strict=True):
+            t._backward_hooks = found
 
 
 class Change(NamedTuple):
@@ -143,9 +185,10 @@ def _found_modules(territory: Territory, changes: Changes) -> Iterator[None]:
     Those that a run makes for itself and lets go are nobody's: their attributes follow from others.
     """
     found: list[weakref.ref[nn.Module]] = []
+    known = set(territory.modules)
 
     def called(module: nn.Module, _: Any) -> None:
-        if module not in territory.modules:
+        if module not in known:
             found.append(weakref.ref(module))
             for part in module.modules():
                 changes.save(part)
@@ -160,7 +203,7 @@ def _found_modules(territory: Territory, changes: Changes) -> Iterator[None]:
     for reference in found:
         module = reference()
         if module is not None:
-            territory.visit(module, type(module).__name__)
+            territory.add(module)
 
 
 def _run(
@@ -188,7 +231,8 @@ def _run(
         if key not in own:
             captured.append((tensor, place))
     wanted = [t for t in (*arguments, *(t for t, _ in captured)) if t.requires_grad]
-    gradients = gradients_of(outputs[0], wanted)
+    with without_hooks(wanted):
+        gradients = gradients_of(outputs[0], wanted)
     return Recording(captured, [o.detach() for o in outputs], wanted, gradients, changes.found())
 
 
@@ -208,7 +252,7 @@ def _inventory(territory: Territory) -> Counter[tuple[str, Any]]:
     entries: Counter[tuple[str, Any]] = Counter()
     for place in territory.places():
         value = place.get()
-        if isinstance(value, places.CONSTANTS):
+        if is_constant(value):
             entries[place.label, repr(value)] += 1
         elif isinstance(value, Tensor) and getattr(place, "table", None) in _REGISTERED:
             entries[place.label, id(value)] += 1

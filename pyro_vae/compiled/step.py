@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_iter
 
 from pyro_vae.compiled.backend import resolve
 from pyro_vae.compiled.fused import Computation, Fused
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend
+from pyro_vae.compiled.record import gradients_of
 from pyro_vae.compiled.replay import Replayed
-from pyro_vae.compiled.update import AdamUpdate, Options
+from pyro_vae.compiled.update import AdamUpdate, Decay, Pending
+from pyro_vae.errors import ConfigError
 
 
 def fuse_step(
@@ -48,8 +51,8 @@ class Taken(NamedTuple):
 class Step:
     """Takes steps: computes, differentiates the first output, and updates the parameters.
 
-    Where the loss or its gradient is not finite, parameters and moments stay as they are. On a GPU
-    the graph is captured and replayed as one launch.
+    Where the loss or its gradient is not finite, parameters, moments and the modules' buffers stay
+    as they are. On a GPU the graph is captured and replayed as one launch.
 
     Args:
         computation: the loss first, and other tensors to report.
@@ -72,8 +75,8 @@ class Step:
         self._territory = Territory(roots, update)
         self._backend = backend
         self._gradient_clip = gradient_clip
-        # by the options that a graph holds on to
-        self._fused: dict[tuple[Options, ...], Fused] = {}
+        # by what a graph holds on to: the parameters in their order, and how each decays
+        self._fused: dict[Any, Fused] = {}
         self._replayed = Replayed()
 
     @property
@@ -82,34 +85,38 @@ class Step:
         return [seconds for fused in self._fused.values() for seconds in fused.seconds]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Taken | None:
-        """Take a step; None where the optimizer has to take it by itself (`AdamUpdate.begin`), or
-        holds a parameter that the computation does not use any more."""
+        """Take a step; None where the optimizer has to take it by itself (`AdamUpdate.begin`), an
+        argument wants a gradient too, or the optimizer holds a parameter that the computation does
+        not use any more."""
         pending = self._update.begin()
-        if pending is None:
+        if pending is None or any(map(_wants_gradient, tree_iter((args, kwargs)))):
             return None
         with torch.enable_grad():
-            call = self._graphs(pending.options).prepare(pending.numbers, *args, **kwargs)
+            call = self._graph(pending).prepare(pending.numbers, *args, **kwargs)
         static, updated = call.program.static
-        inputs = set(map(id, call.inputs))
-        if any(id(pending.parameters[i]) not in inputs for i in updated):
+        if any(call.inputs[place] is not pending.parameters[i] for i, place in updated):
             return None
         finite, *outputs = self._replayed(call)
         if finite.is_cuda or finite:  # a GPU is not waited for: there the count may run ahead
-            self._update.finish(pending, updated)
+            self._update.finish(pending, [i for i, _ in updated])
         return Taken(outputs, finite, static)
 
-    def _graphs(self, options: tuple[Options, ...]) -> Fused:
-        if options not in self._fused:
-            whole = partial(self._whole, options)
-            self._fused[options] = Fused(whole, self._territory, self._backend)
-        return self._fused[options]
+    def _graph(self, pending: Pending) -> Fused:
+        key = (tuple(map(id, pending.parameters)), pending.decays)
+        if key not in self._fused:
+            whole = partial(self._whole, pending.decays)
+            self._fused[key] = Fused(whole, self._territory, self._backend)
+        return self._fused[key]
 
     def _whole(
-        self, options: tuple[Options, ...], numbers: Tensor, *args: Any, **kwargs: Any
+        self, decays: tuple[Decay, ...], numbers: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[list[Tensor], Any]:
+        before = [(buffer, buffer.clone()) for buffer in self._territory.changed_buffers()]
         outputs, static = self._computation(*args, **kwargs)
         parameters = self._update.parameters()
-        gradients = torch.autograd.grad(outputs[0], parameters, allow_unused=True)
+        gradients = gradients_of(outputs[0], parameters)
+        if all(g is None for g in gradients):
+            raise ConfigError("the loss depends on no parameter that the optimizer trains")
         outputs = [output.detach() for output in outputs]
         with torch.no_grad():
             found = [g for g in gradients if g is not None]
@@ -118,7 +125,14 @@ class Step:
                 norm = get_total_norm(found)
                 finite = finite & norm.isfinite()
                 factor = (self._gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-                gradients = tuple(None if g is None else factor * g for g in gradients)
-            self._update.apply(gradients, numbers, options, finite)
-        updated = tuple(i for i, g in enumerate(gradients) if g is not None)
+                gradients = [None if g is None else factor * g for g in gradients]
+            self._update.apply(gradients, numbers, decays, finite)
+            for buffer, held in before:
+                buffer.copy_(torch.where(finite, buffer, held))
+        pairs = zip(parameters, gradients, strict=True)
+        updated = [(i, parameter) for i, (parameter, g) in enumerate(pairs) if g is not None]
         return [finite, *outputs], (static, updated)
+
+
+def _wants_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro import poutine
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceTMC_ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_iter
 
-from pyro_vae.compiled.module import fuse_loss, loss_of
+from pyro_vae.compiled.backend import resolve
+from pyro_vae.compiled.fused import Computation, Fused
+from pyro_vae.compiled.module import loss_of
+from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend
 from pyro_vae.compiled.step import fuse_step
 from pyro_vae.errors import ConfigError, NonFiniteError
+from pyro_vae.programs import modules_of
 from pyro_vae.typing import Program
 
 # torch's optimizers that can update all parameters in one kernel, on the CPU and on CUDA
+_PARTS = ("model", "guide", "optim", "loss")
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class CompiledSVI:
     """`pyro.infer.SVI`, compiled: the same arguments, the same losses, draw for draw.
 
-    The first step with each kind of arguments takes seconds, in which the program is traced, fused
-    and held against the eager loss and gradients on the same draws. `pyro_vae.compile` says what a
-    program must keep to.
+    (What a guide draws to set itself up, as Pyro's AutoGuides do at their first call, does not
+    count: the generators are put back.) The first step with each kind of arguments takes seconds,
+    in which the program is traced, fused and held against the eager loss and gradients on the same
+    draws. `pyro_vae.compile` says what a program must keep to. Model, guide, optimizer and loss may
+    be exchanged for others (`svi.optim = ...`), which compiles anew.
 
     Args:
         model, guide: the programs.
@@ -54,23 +63,45 @@ class CompiledSVI:
         *,
         backend: str | Backend = "inductor",
     ) -> None:
+        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        self._backend = backend
+        self._build()
+
+    def _build(self) -> None:
+        optim = self.optim
         if not isinstance(optim, torch.optim.Optimizer | PyroOptim):
             raise ConfigError(
                 f"optim is a torch.optim.Optimizer or a pyro.optim.PyroOptim, got {optim!r}"
             )
-        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        self._loss = fuse_loss(loss, model, guide, backend)
-        roots = {"model": model, "guide": guide, "objective": loss}
-        self._step = fuse_step(loss_of(loss, model, guide), roots, optim, backend)
+        if isinstance(optim, torch.optim.LBFGS):
+            raise ConfigError("LBFGS evaluates the loss as often as it likes: use pv.compile")
+        roots = {"model": self.model, "guide": self.guide, "objective": self.loss}
+        computation = loss_of(self.loss, self.model, self.guide)
+        self._step = fuse_step(computation, roots, optim, self._backend)
+        self._loss = Fused(_registering(computation), Territory(roots), resolve(self._backend))
         if self._step is None:
             _choose_fused(optim)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _PARTS and "_loss" in vars(self):
+            self._build()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy compiles for its own parameters
+        return {key: held for key, held in vars(self).items() if key not in ("_loss", "_step")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._build()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step; returns the loss, in nats. Arguments go to model and guide.
 
         Raises:
             NonFiniteError: the loss or its gradient is NaN or infinite. Parameters and the
-                optimizer's state are those from before the step.
+                optimizer's state are those from before the step; where the update is in the graph,
+                buffers are too.
         """
         taken = None if self._step is None else self._step(*args, **kwargs)
         if taken is None:
@@ -80,56 +111,71 @@ class CompiledSVI:
         if not finite:
             raise NonFiniteError(
                 f"the loss is {loss.item()}, or its gradient is not finite: no step was taken. "
-                "Look for a division by zero, a logarithm of zero or an overflow; try a lower "
-                "learning rate"
+                f"{_culprit(args, kwargs, self.model, self.guide)}"
             )
         return loss.item()
 
     def _step_apart(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The loss, and whether it and its gradient are finite; then the optimizer's own step."""
         with torch.enable_grad():
-            results = self._loss.prepare(*args, **kwargs).run()
-        is_trained = self._trained()
-        trained = [
-            (parameter, gradient)
-            for parameter, gradient in zip(results.wanted, results.gradients, strict=True)
-            if is_trained(parameter)
-        ]
-        loss = results.outputs[0]
-        finite = torch.stack([value.isfinite().all() for value in (loss, *(g for _, g in trained))])
-        if not finite.all():
-            return loss, finite.all()
-        parameters = [parameter for parameter, _ in trained]
-        for parameter, gradient in trained:
-            held = parameter.grad
-            parameter.grad = gradient if held is None else held + gradient
+            call = self._loss.prepare(*args, **kwargs)
+            results = call.run()
+            loss = results.outputs[0]
+            finite = torch.stack([t.isfinite().all() for t in (loss, *results.gradients)]).all()
+            if not finite:
+                return loss, finite
+            if results.wanted:
+                call.differentiable(results)[0][0].backward()
         if isinstance(self.optim, PyroOptim):
-            self.optim(parameters)
+            registered = [call.inputs[place] for place in call.program.static if place is not None]
+            self.optim(registered)
+            trained = registered
         else:
             self.optim.step()
-        for parameter in parameters:
+            trained = [p for group in self.optim.param_groups for p in group["params"]]
+        for parameter in trained:
             parameter.grad = None
-        return loss, finite.all()
+        return loss, finite
 
-    @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats, without a step."""
-        return self._loss.prepare(*args, **kwargs).run().outputs[0].item()
+        # Pyro's enumeration refuses to work without gradients
+        with torch.set_grad_enabled(isinstance(self.loss, TraceEnum_ELBO | TraceTMC_ELBO)):
+            return self._loss.prepare(*args, **kwargs).run().outputs[0].item()
 
     @property
     def compile_seconds(self) -> list[dict[str, float]]:
         """Seconds that each compilation so far took: `"trace"`, and `"compile"` with its check."""
         return self._loss.seconds + (self._step.seconds if self._step is not None else [])
 
-    def _trained(self) -> Callable[[Tensor], bool]:
-        """Whether a tensor is one of those that the optimizer trains."""
-        if isinstance(self.optim, torch.optim.Optimizer):
-            own = {id(p) for group in self.optim.param_groups for p in group["params"]}
-            return lambda tensor: id(tensor) in own
-        if pyro.settings.get("module_local_params"):
-            return lambda tensor: isinstance(tensor, nn.Parameter)
-        store = pyro.get_param_store()
-        return lambda tensor: store.param_name(tensor) is not None
+
+def _registering(computation: Computation) -> Computation:
+    """The computation with the parameters that it registers as its static rest, as Pyro's SVI
+    finds what to train."""
+
+    def registering(*args: Any, **kwargs: Any) -> tuple[Sequence[Tensor], list[Tensor]]:
+        with poutine.trace(param_only=True) as registered:
+            outputs, _ = computation(*args, **kwargs)
+        sites: list[Any] = [site["value"] for site in registered.trace.nodes.values()]
+        found = [value.unconstrained() for value in sites]
+        return outputs, list({id(parameter): parameter for parameter in found}.values())
+
+    return registering
+
+
+def _culprit(args: Any, kwargs: Any, *programs: Program) -> str:
+    """Which of what went in is not finite; general advice, if nothing is."""
+    named = {f"argument {i}": leaf for i, leaf in enumerate(tree_iter((args, kwargs)))}
+    for module in modules_of(*programs):
+        named |= {f'parameter "{name}"': p for name, p in module.named_parameters()}
+    named |= {f'parameter "{n}"': p for n, p in pyro.get_param_store().named_parameters()}
+    for name, held in named.items():
+        if isinstance(held, Tensor) and held.is_floating_point() and not held.isfinite().all():
+            place = tuple((~held.isfinite()).nonzero()[0].tolist())
+            return f"{name} holds {held[place].item()} at {place}"
+    return (
+        "Look for a division by zero, a logarithm of zero or an overflow; try a lower learning rate"
+    )
 
 
 def _choose_fused(optim: torch.optim.Optimizer | PyroOptim) -> None:

@@ -6,7 +6,7 @@ Torch's own step costs a tenth of a millisecond of Python and passes over every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.optim import Adam, AdamW
 
 KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Options = tuple[float, float, float, float, bool]
+_NUMBERS = 7
+Decay = Literal["none", "coupled", "decoupled"]
 
 
 class Pending(NamedTuple):
@@ -23,16 +24,16 @@ class Pending(NamedTuple):
     Attributes:
         parameters: those that want a gradient, in the order of their groups.
         counts: of the steps that each has taken, the optimizer's own tensors.
-        numbers: what changes from step to step, `(parameters, 3)`: the step size over the first
-            moment's correction, the root of the second's, and the share of decay.
-        options: what a graph may hold on to, a row a parameter: both betas, epsilon, decay, and
-            whether decay is decoupled from the gradient.
+        numbers: what may change from step to step, `(parameters, 7)`: the step size over the first
+            moment's correction, the root of the second's, 1 - beta1, beta2, 1 - beta2, epsilon, and
+            the share or the weight of decay.
+        decays: how each decays, which a graph holds on to.
     """
 
     parameters: list[Tensor]
     counts: list[Tensor]
     numbers: Tensor
-    options: tuple[Options, ...]
+    decays: tuple[Decay, ...]
 
 
 class AdamUpdate:
@@ -63,36 +64,44 @@ class AdamUpdate:
     def begin(self) -> Pending | None:
         """The next step; the state is made where it is not yet there.
 
-        None where torch has to take it: a gradient is there already, to be added to; parameters
-        are on several devices; or steps are counted on a GPU, which would have to be waited for.
+        None where torch has to take it: the optimizer does something else by now; a gradient is
+        there already, to be added to, or a hook, to be called; parameters are complex or on several
+        devices; or steps are counted on a GPU, which would have to be waited for.
         """
-        parameters, counts, rows, options = [], [], [], []
+        if not self.supports(self.optimizer):
+            return None
+        parameters, counts, decays = [], [], []
+        numbers: list[float] = []
         for group in self.optimizer.param_groups:
-            lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
-            frozen = (beta1, beta2, group["eps"], decay, group["decoupled_weight_decay"])
-            row, last = (0.0, 0.0, 0.0), -1.0
+            lr, (beta1, beta2), weight = float(group["lr"]), group["betas"], group["weight_decay"]
+            decay: Decay = "none"
+            if weight:
+                decay = "decoupled" if group["decoupled_weight_decay"] else "coupled"
+            share = lr * weight if decay == "decoupled" else weight
+            row, last = [0.0] * _NUMBERS, -1.0
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
                 steps = self._state(parameter)["step"]
-                if parameter.grad is not None or steps.device.type != "cpu":
+                if parameter.grad is not None or not steps.is_cpu or _is_special(parameter):
                     return None
                 count = steps.item() + 1
                 if count != last:
-                    row, last = (
-                        (lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, lr * decay),
-                        count,
-                    )
+                    step_size, root = lr / (1 - beta1**count), (1 - beta2**count) ** 0.5
+                    row = [step_size, root, 1 - beta1, beta2, 1 - beta2, group["eps"], share]
+                    last = count
                 parameters.append(parameter)
                 counts.append(steps)
-                rows.append(row)
-                options.append(frozen)
+                numbers += row
+                decays.append(decay)
         if len({parameter.device for parameter in parameters}) != 1:
             return None
-        numbers = torch.tensor(rows, dtype=torch.float64)
-        if parameters[0].device.type != "cpu":
-            numbers = numbers.to(parameters[0].device, non_blocking=True)
-        return Pending(parameters, counts, numbers, tuple(options))
+        dtypes = {parameter.dtype for parameter in parameters}
+        # a flat list, which torch reads several times as fast
+        table = torch.tensor(numbers, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float64)
+        if not parameters[0].is_cpu:
+            table = table.to(parameters[0].device, non_blocking=True)
+        return Pending(parameters, counts, table.view(-1, _NUMBERS), tuple(decays))
 
     def parameters(self) -> list[Tensor]:
         """Those that want a gradient, in the order of their groups."""
@@ -108,31 +117,31 @@ class AdamUpdate:
         self,
         gradients: Sequence[Tensor | None],
         numbers: Tensor,
-        options: Sequence[Options],
+        decays: Sequence[Decay],
         finite: Tensor,
     ) -> None:
         """Update parameters and moments in place; where not `finite`, leave all as it is."""
         for i, (parameter, g) in enumerate(zip(self.parameters(), gradients, strict=True)):
             if g is None:
                 continue
-            step_size, root, decay = numbers[i].to(parameter.dtype).unbind()
-            beta1, beta2, eps, weight_decay, decoupled = options[i]
+            step_size, root, toward_g, keep, toward_square, eps, share = (
+                numbers[i].to(parameter.dtype).unbind()
+            )
             first, second = (self.optimizer.state[parameter][name] for name in MOMENTS)
             p = parameter
-            if weight_decay and decoupled:
-                p = p - decay * p
-            elif weight_decay:
-                g = g + weight_decay * p
-            m = torch.lerp(first, g, 1 - beta1)
-            v = beta2 * second + (1 - beta2) * g * g
+            if decays[i] == "decoupled":
+                p = p - share * p
+            elif decays[i] == "coupled":
+                g = g + share * p
+            m = first + toward_g * (g - first)
+            v = keep * second + toward_square * g * g
             p = p - step_size * m / (v.sqrt() / root + eps)
             for held, new in ((parameter, p), (first, m), (second, v)):
                 held.copy_(torch.where(finite, new, held))
 
     def finish(self, pending: Pending, updated: Sequence[int]) -> None:
         """Say that these parameters, by number, have taken the step."""
-        for i in updated:
-            pending.counts[i].add_(1)
+        torch._foreach_add_([pending.counts[i] for i in updated], 1)
         # torch's schedulers ask whether a step was taken
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -145,3 +154,9 @@ class AdamUpdate:
                     parameter, memory_format=torch.preserve_format, requires_grad=False
                 )
         return state
+
+
+def _is_special(parameter: Tensor) -> bool:
+    """Whether the parameter has hooks, which a graph does not call, or is complex."""
+    hooks: Any = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    return bool(hooks) or parameter.is_complex()

@@ -1,0 +1,325 @@
+"""What programs reach from where they start: their modules, and the places of what they use.
+
+Python code finds a thing by its name, in an object, a class, a closure or the globals. So of the
+user's own objects those entries count that some code names which the program can come to, or all,
+where the code looks names up itself (`getattr`, `vars`); of modules of torch, Pyro and this
+library, whose code is not read, all count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import dis
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from torch import nn
+
+_LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN_BASES = {"Module", "PyroModule", "object", "ABC", "Generic", "Protocol"}
+_RECORDS = types.SimpleNamespace | argparse.Namespace
+# by which code finds what it does not name
+_LOOKUPS = {"getattr", "hasattr", "vars", "__dict__", "asdict", "attrgetter", "eval", "exec"}
+# of a list or dictionary; the entries of a longer one are not watched
+LONGEST = 64
+
+
+class Place(NamedTuple):
+    """One entry of one of an object's dictionaries: `getattr(owner, table)[key]`."""
+
+    owner: Any
+    table: str
+    key: str
+    label: str
+
+    def get(self) -> Any:
+        """What is there now; None where the entry has gone."""
+        return getattr(self.owner, self.table).get(self.key)
+
+
+class CellPlace(NamedTuple):
+    """A variable that a function closes over."""
+
+    cell: CellType
+    label: str
+
+    def get(self) -> Any:
+        """What the variable holds now; None where it is not bound."""
+        try:
+            return self.cell.cell_contents
+        except ValueError:
+            return None
+
+
+class Item(NamedTuple):
+    """An entry of a list or a dictionary."""
+
+    container: Any
+    key: Any
+    label: str
+
+    def get(self) -> Any:
+        """What is there now; None where the entry has gone."""
+        try:
+            return self.container[self.key]
+        except LookupError:
+            return None
+
+
+class Size(NamedTuple):
+    """How many entries a list or a dictionary has."""
+
+    container: Any
+    label: str
+
+    def get(self) -> Any:
+        """The number now."""
+        return len(self.container)
+
+
+class Slot(NamedTuple):
+    """An attribute of an object without a dictionary."""
+
+    owner: Any
+    key: str
+    label: str
+
+    def get(self) -> Any:
+        """What is there now; None where the attribute has gone."""
+        return getattr(self.owner, self.key, None)
+
+
+AnyPlace = Place | CellPlace | Item | Size | Slot
+
+
+class Reached(NamedTuple):
+    """What was found.
+
+    Attributes:
+        modules: every module and the name of the way to it.
+        places: what holds modules, tensors, numbers and objects, in the order of the search.
+        structure: the identities of the modules, functions and objects that hold others.
+    """
+
+    modules: dict[nn.Module, str]
+    places: list[AnyPlace]
+    structure: set[int]
+
+
+def reach(roots: Mapping[str, Any]) -> Reached:
+    """Everything that can be reached from these modules, functions, objects and objectives now."""
+    names: set[str] = set()
+    while True:
+        search, known = _Search(names), len(names)
+        for label, root in roots.items():
+            search.visit(root, label)
+        if len(names) == known:
+            return Reached(search.modules, search.places, set(search.seen))
+
+
+class _Search:
+    """One walk, which enters the entries that are named by the code seen so far."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.modules: dict[nn.Module, str] = {}
+        self.places: list[AnyPlace] = []
+        self.seen: dict[int, Any] = {}  # the things too, so that none makes room for another
+        self._names = names
+
+    def visit(self, thing: Any, label: str) -> None:
+        """Add a thing and what it reaches."""
+        enter = self._way_into(thing)
+        if enter is not None and id(thing) not in self.seen:
+            self.seen[id(thing)] = thing
+            enter(thing, label)
+
+    def _way_into(self, thing: Any) -> Any:
+        if isinstance(thing, nn.Module):
+            return self._module
+        if isinstance(thing, FunctionType):
+            return self._function
+        if isinstance(thing, MethodType):
+            return self._method
+        if isinstance(thing, partial):
+            return self._partial
+        if isinstance(thing, dict | list | tuple):
+            return self._container
+        if isinstance(thing, set | frozenset):
+            return self._set
+        if isinstance(thing, type):
+            return self._class if _is_users(thing.__module__) else None
+        if isinstance(thing, ModuleType):
+            return self._imported if _is_users(thing.__name__) else None
+        if isinstance(thing, ELBO | Messenger | _RECORDS) or _is_users(type(thing).__module__):
+            return self._object
+        return self._wrapper if hasattr(thing, "__wrapped__") else None
+
+    def _module(self, module: nn.Module, label: str) -> None:
+        self.modules[module] = label
+        for table in ("_parameters", "_buffers", "_modules"):
+            for key in getattr(module, table):
+                self._hold(Place(module, table, key, f"{label}.{key}"))
+        for key in getattr(module, "_pyro_params", ()):  # with their constraints
+            self._hold(Item(module._pyro_params, key, f"{label}.{key}"))
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+            self.places.append(Size(getattr(module, hooks), f"len({label}.{hooks})"))
+        own = [key for key in vars(module) if key not in _MODULE_INTERNALS]
+        foreign = not _is_users(type(module).__module__)
+        for key in own:
+            # what the library's own containers hold comes by itself, as modules and tensors
+            place = Place(module, "__dict__", key, f"{label}.{key}")
+            if foreign and isinstance(place.get(), dict | list | tuple):
+                self.places.append(place)
+            elif self._counts(type(module), key):
+                self._hold(place)
+        self._inherited(module, label)
+
+    def _object(self, thing: Any, label: str) -> None:
+        for key in getattr(thing, "__dict__", {}):
+            if self._counts(type(thing), key):
+                self._hold(Place(thing, "__dict__", key, f"{label}.{key}"))
+        for base in type(thing).__mro__:
+            for key in _slots(base):
+                if self._counts(type(thing), key):
+                    self._hold(Slot(thing, key, f"{label}.{key}"))
+        self._inherited(thing, label)
+
+    def _inherited(self, thing: Any, label: str) -> None:
+        """What an object has from its class, and what may come to hide it."""
+        for base in type(thing).__mro__:
+            if _is_users(base.__module__):
+                self.visit(base, base.__qualname__)
+                for key, value in vars(base).items():
+                    hidden = not hasattr(thing, "__dict__") or key in vars_of(thing)
+                    if self._is_named(key) and is_constant(value) and not hidden:
+                        self.places.append(Place(thing, "__dict__", key, f"{label}.{key}"))
+
+    def _class(self, cls: type, label: str) -> None:
+        for key, value in list(vars(cls).items()):
+            if key in ("forward", "__call__") or self._is_named(key):
+                self._hold(Place(cls, "__dict__", key, f"{label}.{key}"))
+                for part in _functions(value):
+                    self.visit(part, f"{label}.{key}")
+
+    def _function(self, function: FunctionType, label: str) -> None:
+        users = _is_users(function.__globals__.get("__name__", ""))
+        names = function.__code__.co_freevars
+        for name, cell in zip(names, function.__closure__ or (), strict=True):
+            place = CellPlace(cell, f"{label}: {name}")
+            if users:
+                self._hold(place, name)
+            else:
+                self.visit(place.get(), name)
+        if not users:
+            return
+        attributes, variables = _names(function.__code__)
+        self._names |= attributes
+        for name in variables:
+            if name in function.__globals__:
+                self._hold(Place(function, "__globals__", name, name), name)
+
+    def _method(self, method: MethodType, label: str) -> None:
+        self.visit(method.__self__, label)
+        self.visit(method.__func__, label)
+
+    def _partial(self, thing: partial[Any], label: str) -> None:
+        for i, part in enumerate((thing.func, *thing.args, *thing.keywords.values())):
+            self.visit(part, f"{label}[{i}]")
+
+    def _wrapper(self, thing: Any, label: str) -> None:
+        self.visit(thing.__wrapped__, label)
+
+    def _container(self, container: Any, label: str) -> None:
+        if len(container) > LONGEST or is_constant(container):
+            return
+        self.places.append(Size(container, f"len({label})"))
+        for key in list(container) if isinstance(container, dict) else range(len(container)):
+            self._hold(Item(container, key, f"{label}[{key!r}]"))
+
+    def _set(self, things: Iterable[Any], label: str) -> None:
+        for thing in list(things):
+            self.visit(thing, label)
+
+    def _imported(self, module: ModuleType, label: str) -> None:
+        for key in list(vars(module)):
+            if key in self._names:
+                self._hold(Place(module, "__dict__", key, f"{label}.{key}"))
+
+    def _hold(self, place: AnyPlace, name: str = "") -> None:
+        self.places.append(place)
+        self.visit(place.get(), name or place.label)
+
+    def _counts(self, cls: type, key: str) -> bool:
+        """Whether some code may read this attribute of an instance of the class."""
+        records = issubclass(cls, _RECORDS) or dataclasses.is_dataclass(cls)
+        return records or _has_foreign_code(cls) or self._is_named(key)
+
+    def _is_named(self, key: str) -> bool:
+        return key in self._names or not self._names.isdisjoint(_LOOKUPS)
+
+
+CONSTANTS = (bool, int, float, complex, str, type(None), np.generic, torch.dtype, torch.device)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether this is a plain Python value, which programs can branch on or compute with."""
+    return isinstance(value, CONSTANTS) or (
+        isinstance(value, tuple | frozenset) and all(map(is_constant, value))
+    )
+
+
+def vars_of(thing: Any) -> Mapping[str, Any]:
+    """An object's own attributes, those of a module's tables included."""
+    own = getattr(thing, "__dict__", {})
+    if not isinstance(thing, nn.Module):
+        return own
+    return {**own, **thing._parameters, **thing._buffers, **thing._modules}
+
+
+def _has_foreign_code(cls: type) -> bool:
+    """Whether a class has code of a library that reads attributes of its own accord."""
+    return any(not _is_users(b.__module__) and b.__name__ not in _PLAIN_BASES for b in cls.__mro__)
+
+
+def _functions(value: Any) -> Iterator[Any]:
+    """The functions that a class keeps under a descriptor."""
+    if isinstance(value, staticmethod | classmethod):
+        yield value.__func__
+    elif isinstance(value, property):
+        yield from filter(None, (value.fget, value.fset))
+
+
+def _slots(cls: type) -> Iterable[str]:
+    slots = vars(cls).get("__slots__", ()) if _is_users(cls.__module__) else ()
+    return (slots,) if isinstance(slots, str) else slots
+
+
+@cache
+def _names(code: CodeType) -> tuple[set[str], set[str]]:
+    """The attributes and the global variables that code names, that within it included."""
+    attributes, variables = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            variables.add(instruction.argval)
+        elif instruction.opcode in dis.hasname:
+            attributes.add(instruction.argval)
+    attributes |= variables & _LOOKUPS
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner = _names(constant)
+            attributes, variables = attributes | inner[0], variables | inner[1]
+    return attributes, variables
+
+
+def _is_users(module: str | None) -> bool:
+    return (module or "").split(".")[0] not in _LIBRARIES

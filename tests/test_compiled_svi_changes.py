@@ -1,0 +1,302 @@
+"""What a script does between steps: the compiled SVI goes on as Pyro's would."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from compiled_models import batch_norm, vae
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.errors import CompileError, ConfigError, NonFiniteError
+
+X = torch.linspace(-1, 2, 6, dtype=torch.float64)
+Script = Callable[[Any], list[Any]]
+
+
+def normal(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(pyro.param("mean", torch.tensor(0.5)), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.tensor(0.3))
+    scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
+    pyro.sample("z", dist.Normal(loc, scale))
+
+
+def svi(kind: Any, model: Any = normal, q: Any = guide, optim: Any = None) -> Any:
+    options = {} if kind is SVI else {"backend": "eager"}
+    return kind(model, q, optim or pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), **options)
+
+
+def stored() -> list[Any]:
+    return [p.detach().clone() for _, p in sorted(pyro.get_param_store().named_parameters())]
+
+
+def a_parameter_hidden(kind: Any) -> list[Any]:
+    made = svi(kind, poutine.block(normal, hide=["mean"]))
+    return [made.step(X) for _ in range(3)] + stored()
+
+
+def a_network_registered_before(kind: Any) -> list[Any]:
+    network = nn.Linear(1, 1)
+    nn.init.constant_(network.weight, 0.7)
+    nn.init.constant_(network.bias, 0.1)
+    pyro.module("network", network)  # by an earlier phase
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(network(z[None])[0], 1.0), obs=x)
+
+    made = svi(kind, model)
+    return [made.step(X) for _ in range(3)] + stored()
+
+
+def local_parameters(kind: Any) -> list[Any]:
+    with pyro.settings.context(module_local_params=True):
+        made = svi(kind)
+        return [made.step(X) for _ in range(3)] + stored()
+
+
+def the_store_cleared(kind: Any) -> list[Any]:
+    made = svi(kind)
+    found = [made.step(X) for _ in range(2)]
+    pyro.clear_param_store()
+    return found + [made.step(X) for _ in range(2)] + stored()
+
+
+def the_store_cleared_under_an_autoguide(kind: Any) -> list[Any]:
+    with poutine.block():
+        q = AutoNormal(
+            lambda x: normal(x), init_scale=0.3, init_loc_fn=lambda site: torch.zeros(())
+        )
+        q(X)
+    made = svi(kind, q=q)
+    found = [made.step(X) for _ in range(2)]
+    pyro.clear_param_store()
+    return found + [made.step(X) for _ in range(2)] + stored()
+
+
+def another_optimizer(kind: Any) -> list[Any]:
+    made = svi(kind)
+    found = [made.step(X)]
+    made.optim = pyro.optim.SGD({"lr": 0.001})
+    return found + [made.step(X) for _ in range(2)] + stored()
+
+
+def another_loss(kind: Any) -> list[Any]:
+    made = svi(kind)
+    found = [made.step(X)]
+    made.loss = Trace_ELBO(num_particles=3)
+    if kind is SVI:  # which keeps the first loss's method
+        made.loss_and_grads, made.loss = made.loss.loss_and_grads, made.loss.loss
+    return found + [made.step(X) for _ in range(2)]
+
+
+def a_gradient_hook(kind: Any) -> list[Any]:
+    made = svi(kind)
+    found = [made.step(X)]
+    pyro.param("loc").register_hook(lambda gradient: gradient * 0)
+    return found + [made.step(X) for _ in range(2)] + stored()
+
+
+def a_parameter_as_argument(kind: Any) -> list[Any]:
+    def model(x: Tensor, at: Tensor) -> None:
+        normal(x + at)
+
+    def q(x: Tensor, at: Tensor) -> None:
+        guide(x)
+
+    made = svi(kind, model, q)
+    guide(X)
+    return [made.step(X, pyro.param("loc")) for _ in range(3)] + stored()
+
+
+SCRIPTS = (
+    a_parameter_hidden, a_network_registered_before, local_parameters, the_store_cleared,
+    the_store_cleared_under_an_autoguide, another_optimizer, another_loss, a_gradient_hook,
+    a_parameter_as_argument,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_script(script: Script) -> None:
+    found = []
+    for kind in (SVI, pv.CompiledSVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        found.append([torch.as_tensor(value) for value in script(kind)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+class TestGradientsOfArguments:
+    @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+    def test_they_go_on_into_what_made_them(self, optimizer: Any) -> None:
+        found = []
+        for compiled in (False, True):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            encode = nn.Linear(6, 6)
+            optim = optimizer(encode.parameters(), 0.01)
+            made = pv.CompiledSVI(normal, guide, optim, Trace_ELBO(), backend="eager")
+            for seed in range(3):
+                if compiled:
+                    pyro.set_rng_seed(seed)
+                    made.step(encode(X))
+                    continue
+                optim.zero_grad()
+                pyro.set_rng_seed(seed)
+                Trace_ELBO().differentiable_loss(normal, guide, encode(X)).backward()
+                optim.step()
+            found.append([p.detach() for p in encode.parameters()])
+        torch.testing.assert_close(found[1], found[0])
+
+
+class TestCopies:
+    def test_a_copy_trains_its_own(self) -> None:
+        model, q, (x,) = vae()
+        optim = torch.optim.Adam([*model.parameters(), *q.parameters()], 0.1)
+        first = pv.CompiledSVI(model, q, optim, pv.ELBO(), backend="eager")
+        first.step(x)
+        before = copy.deepcopy([p.detach() for p in model.parameters()])
+        second = copy.deepcopy(first)
+        twin = copy.deepcopy((model, q, optim))
+        pyro.set_rng_seed(0)
+        second.step(x)
+        assert all(map(torch.equal, model.parameters(), before))
+        again = pv.CompiledSVI(*twin, pv.ELBO(), backend="eager")
+        pyro.set_rng_seed(0)
+        again.step(x)
+        for mine, its in zip(second.model.parameters(), twin[0].parameters(), strict=True):
+            assert torch.equal(mine, its)
+
+    def test_another_model_in_the_compiled_loss(self) -> None:
+        first, second = (vae() for _ in range(2))
+        compiled = pv.compile(pv.ELBO()(*first[:2]), first[2][0], backend="eager")
+        compiled.model, compiled.guide = second[:2]
+        x = second[2][0]
+        pyro.set_rng_seed(0)
+        got = compiled(x)
+        pyro.set_rng_seed(0)
+        torch.testing.assert_close(got, pv.ELBO()(*second[:2])(x))
+
+
+class TestRefusals:
+    def test_handlers_around_a_later_step(self) -> None:
+        made = svi(pv.CompiledSVI)
+        made.step(X)
+        with poutine.scale(scale=0.1), pytest.raises(CompileError, match="ScaleMessenger"):
+            made.step(X)
+
+    def test_a_bias_that_is_gone(self) -> None:
+        model, q, (x,) = vae()
+        layer = model.likelihood.network.layers[0]
+        optim = torch.optim.Adam(model.parameters(), 0.1)
+        made = pv.CompiledSVI(model, q, optim, pv.ELBO(), backend="eager")
+        made.step(x)
+        layer.bias = None
+        made.step(x)  # another program
+
+    def test_what_has_no_step(self) -> None:
+        network = nn.Linear(1, 1)
+        with pytest.raises(ConfigError, match="LBFGS"):
+            pv.CompiledSVI(normal, guide, torch.optim.LBFGS(network.parameters()), Trace_ELBO())
+
+    @pytest.mark.parametrize("where", ["data", "parameter"])
+    def test_what_is_not_finite_is_named(self, where: str) -> None:
+        model, q, (x,) = vae()
+        optim = torch.optim.Adam([*model.parameters(), *q.parameters()], 0.1)
+        made = pv.CompiledSVI(model, q, optim, pv.ELBO(), backend="eager")
+        made.step(x)
+        bad = x.clone()
+        if where == "data":
+            bad[2, 1] = torch.nan
+        else:
+            q.posterior.network.layers[0].weight.data[1, 2] = torch.inf
+        name = r"argument 0 holds nan at \(2, 1\)" if where == "data" else r"weight\" holds inf at"
+        with pytest.raises(NonFiniteError, match=name):
+            made.step(bad)
+
+    def test_a_step_that_is_not_finite_leaves_buffers(self) -> None:
+        model, q, (x,) = batch_norm()
+        optim = torch.optim.Adam([*model.parameters(), *q.parameters()], 0.1)
+        made = pv.CompiledSVI(model, q, optim, pv.ELBO(), backend="eager")
+        made.step(x)
+        before = {name: b.clone() for name, b in q.named_buffers()}
+        bad = x.clone()
+        bad[0, 0] = torch.nan
+        with pytest.raises(NonFiniteError):
+            made.step(bad)
+        assert before
+        assert all(torch.equal(b, before[name]) for name, b in q.named_buffers())
+
+
+class TestTheGuardNearAMinimum:
+    """Where the terms of a gradient cancel, what is left of it is rounding."""
+
+    @staticmethod
+    def mutant(factor: float) -> Any:
+        """A backend whose every result is wrong by rounding, or by more."""
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            def run(*args: Tensor) -> list[Tensor]:
+                return [v + factor * 1e-12 if v.is_floating_point() else v for v in graph(*args)]
+
+            return run
+
+        return backend
+
+    @pytest.mark.parametrize("factor", [1.0, 1e6])
+    def test_least_squares(self, factor: float) -> None:
+        x = torch.randn(2000, 3)
+        y = x.sum(-1) + torch.randn(2000)
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(torch.linalg.lstsq(x, y[:, None]).solution[:, 0])
+
+            def forward(self) -> None:
+                with pyro.plate("data", len(x)):
+                    pyro.sample("y", dist.Normal(x @ self.w, 1.0), obs=y)
+
+        loss = Trace_ELBO()(Model(), lambda: None)
+        if factor > 1:
+            with pytest.raises(CompileError, match="differ on the same draws"):
+                pv.compile(loss, backend=self.mutant(factor))()
+        else:
+            pv.compile(loss, backend=self.mutant(factor))()
+
+    def test_one_that_could_not_be_checked_is_made_again(self) -> None:
+        def wrong(graph: Any, inputs: Any) -> Any:
+            return lambda *args: [value + 1 for value in graph(*args)]
+
+        with pyro.validation_enabled(False):
+            compiled = pv.compile(Trace_ELBO()(normal, guide), backend=wrong)
+            compiled(torch.full((6,), torch.inf))
+            with pytest.raises(CompileError, match="differ on the same draws"):
+                compiled(X)
+
+
+def test_enumeration_is_evaluated_without_gradients() -> None:
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(3) / 3, constraint=constraints.simplex)
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(1.0 * k, 1.0), obs=x)
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    optim = pyro.optim.Adam({"lr": 0.1})
+    made = pv.CompiledSVI(model, lambda x: None, optim, elbo, backend="eager")
+    assert made.evaluate_loss(X) == pytest.approx(elbo.loss(model, lambda x: None, X))
