@@ -203,7 +203,7 @@ class TestWhatInvalidatesAGraph:
 
     def test_another_parameter_in_the_same_place_does_not(self, loss: Any, compiled: Any) -> None:
         loss.model.likelihood.network[1].weight = nn.Parameter(torch.randn(6, 2))
-        pyro.clear_param_store()
+        pyro.get_param_store()._params.clear()  # else Pyro would go on with the old one
         agree(loss, compiled, binary())
         assert programs(compiled) == 1
 
@@ -253,6 +253,49 @@ class TestWhatInvalidatesAGraph:
             (slope,) = torch.autograd.grad(got, [weight])
             assert slope == pytest.approx(2 * weight.item() + offset - 0.3)
         assert programs(compiled) == 2
+
+
+class TestWhatIsStatic:
+    """Programs that look as if they depended on values, and do not."""
+
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            lambda x: torch.stack([2 * i * x[i] for i in pyro.plate("rows", 3)]),
+            lambda x: nn.functional.one_hot((x > 0).long(), 4).sum(-1) * x,
+            lambda x: x.repeat_interleave(2)[:3],
+        ],
+        ids=["a plate row by row", "one_hot", "repeat_interleave"],
+    )
+    def test_it_compiles(self, compute: Callable[[Tensor], Tensor]) -> None:
+        loss = program(compute)
+        compiled = pv.compile(loss, torch.tensor([0.3, -1.0, 2.0]), backend="eager")
+        x = torch.tensor([-0.7, 1.0, 0.5])  # other values than it was traced with
+        pyro.set_rng_seed(0)
+        expected = loss(x)
+        pyro.set_rng_seed(0)
+        torch.testing.assert_close(compiled(x), expected)
+
+    def test_a_network_made_at_first_use(self) -> None:
+        made: list[nn.Module] = []
+
+        def guide(x: Tensor) -> None:
+            if not made:
+                made.append(nn.Linear(3, 1))
+            loc = pyro.module("network", made[0])(x)
+            pyro.sample("z", dist.Normal(loc[0], 1.0))
+
+        def model(x: Tensor) -> None:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=x)
+
+        loss, x = pv.ELBO("monte_carlo")(model, guide), torch.ones(3)
+        compiled = pv.compile(loss, x, backend="eager")
+        assert len(made) == 1
+        pyro.set_rng_seed(0)
+        expected = loss(x)
+        pyro.set_rng_seed(0)
+        torch.testing.assert_close(compiled(x), expected)
 
 
 class TestBuffersAndDraws:
@@ -458,6 +501,40 @@ class TestWhatCannotBeCompiled:
             pytest.raises(CompileError, match=r"ScaleMessenger.*inside the model"),
         ):
             pv.compile(loss, x, backend="eager")
+
+    def test_a_generator_of_its_own(self) -> None:
+        drawn = torch.Generator()
+        with pytest.raises(CompileError, match=r"torch\.randn.*a generator of its own"):
+            pv.compile(
+                program(lambda x: x + torch.randn(3, generator=drawn)),
+                torch.ones(3),
+                backend="eager",
+            )
+
+    def test_the_line_is_the_programs(self) -> None:
+        """Where no line of the model's is to blame, one of the library, and not who compiles."""
+
+        def spline(x: Tensor) -> None:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+            flow = dist.TransformedDistribution(base, [dist.transforms.Spline(3)])
+            pyro.sample("x", flow, obs=x)
+
+        loss = pv.ELBO()(spline, program(torch.sum).guide)
+        with pytest.raises(CompileError, match=r"spline\.py.*cannot be compiled"):
+            pv.compile(loss, torch.ones(3), backend="eager")
+
+    def test_a_subsampled_plate_row_by_row(self) -> None:
+        def rows(x: Tensor) -> Tensor:
+            return torch.stack([x[i] for i in pyro.plate("rows", 3, subsample_size=2)])
+
+        with pytest.raises(CompileError, match="it asks for the value of a tensor"):
+            pv.compile(program(rows), torch.ones(3), backend="eager")
+
+    def test_one_hot_of_unknown_length(self) -> None:
+        one_hot = lambda x: nn.functional.one_hot(x.long())  # noqa: E731
+        with pytest.raises(CompileError, match="num_classes"):
+            pv.compile(program(one_hot), torch.ones(3), backend="eager")
 
     def test_score_functions_are_pyros(self) -> None:
         """A Pyro objective that treats a site without rsample is traced with its surrogate."""

@@ -14,12 +14,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter
@@ -41,15 +47,25 @@ class Recorder(TorchDispatchMode):
         self.inputs: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
         self._made = WeakTensorKeyDictionary()
+        self._memory: set[int] = set()  # that operations allocated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            raise CompileError(
+                f"{_where_now()} cannot be compiled: it draws from a generator of its own, which "
+                "would stand still: draw from torch's (torch.manual_seed)"
+            )
         if func is torch.ops.aten.lift_fresh.default:  # a literal: torch.tensor(2.0)
             self._made[args[0]] = True
+        given = set()
         for value in tree_iter((args, kwargs)):
-            if isinstance(value, Tensor) and value not in self._made:
-                self.inputs.setdefault(id(value), value)
-                self._versions.setdefault(id(value), value._version)
+            if isinstance(value, Tensor):
+                given.add(_memory_of(value))
+                # a new nn.Parameter is another object over memory that an operation allocated
+                if value not in self._made and _memory_of(value) not in self._memory:
+                    self.inputs.setdefault(id(value), value)
+                    self._versions.setdefault(id(value), value._version)
         if (
             torch.Tag.dynamic_output_shape in func.tags
             and not _is_plain_indexing(func, args)
@@ -64,11 +80,17 @@ class Recorder(TorchDispatchMode):
             # an in-place operation returns the tensor it was given
             if isinstance(value, Tensor) and id(value) not in self.inputs:
                 self._made[value] = True
+                if _memory_of(value) not in given:
+                    self._memory.add(_memory_of(value))
         return out
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether this input was changed in place."""
         return tensor._version != self._versions[id(tensor)]
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -119,6 +141,8 @@ class _Interpreted(TorchFunctionMode):
             answer = _ANSWERS.get((func, *_caller()))
             if answer is not None:
                 return answer(*args)
+        if func in _REPLACED:
+            return _REPLACED[func](*args, **(kwargs or {}))
         if func in _ESCAPES:
             name = getattr(func, "__name__", str(func))
             raise CompileError(
@@ -128,6 +152,17 @@ class _Interpreted(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """`torch.nn.functional.one_hot`, which looks at the values to check them."""
+    if num_classes < 0:
+        raise CompileError(
+            f"{_where_now()} cannot be compiled: one_hot() looks for the largest value. Give it "
+            "num_classes"
+        )
+    return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
+
+
+_REPLACED = {torch.nn.functional.one_hot: _one_hot}
 _ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
 
 
@@ -197,10 +232,20 @@ def _expectation(probability: Tensor, cost: Tensor) -> Tensor:
     return (probability * torch.where(probability > 0, cost, 0.0)).sum()
 
 
+def _row(index: Tensor) -> Any:
+    """A row of a plate that is gone through one by one, if it takes all rows."""
+    plate = _calling_frame().f_locals["self"]
+    if getattr(plate, "subsample_size", plate.size) != plate.size:
+        return index.item()  # drawn: refused
+    with disable_proxy_modes_tracing():
+        return index.item()
+
+
 _ENUMERATION = ("pyro.infer.util", "compute_expectation")
 # by function, and by module and name of who calls it
 _ANSWERS: dict[tuple[Any, str, str], Callable[..., Any]] = {
     (Tensor.item, "pyro.infer.util", "torch_item"): Tensor.detach,
+    (Tensor.item, "pyro.poutine.indep_messenger", "__iter__"): _row,
     (Tensor.register_hook, "pyro.util", "warn_if_nan"): lambda *_: None,
     (Tensor.__bool__, *_ENUMERATION): lambda _: True,
     (torch.tensordot, "pyro.infer.util", "_fulldot"): _expectation,
@@ -220,10 +265,16 @@ _ANSWERED = {function for function, *_ in _ANSWERS}
 
 def _caller() -> tuple[str, str]:
     """Module and name of the function that made the call."""
-    frame = sys._getframe(2)
-    while frame.f_back and frame.f_globals.get("__name__") in _DISPATCHERS:
-        frame = frame.f_back
+    frame = _calling_frame()
     return frame.f_globals.get("__name__", ""), frame.f_code.co_name
+
+
+def _calling_frame() -> FrameType:
+    """Of the function that made the call, outside of this file and of torch's own frames."""
+    frame = sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__") in (*_DISPATCHERS, __name__):
+        frame = frame.f_back
+    return frame
 
 
 def _check_constants(graph: fx.GraphModule) -> None:
@@ -234,6 +285,11 @@ def _check_constants(graph: fx.GraphModule) -> None:
         for user in node.users:
             if user.target is not torch.ops.aten.lift_fresh_copy.default:
                 value = getattr(graph, str(node.target))
+                if isinstance(value, torch.Generator):
+                    raise CompileError(
+                        "the program draws from a generator of its own, which would stand still: "
+                        "draw from torch's (torch.manual_seed)"
+                    )
                 raise CompileError(
                     f"a tensor of shape {tuple(value.shape)} comes from nowhere that could be "
                     "found, so that its value would be frozen: pass it as an argument, or make it "
@@ -253,7 +309,12 @@ def _where(error: Exception) -> str:
 
 
 def _where_now() -> str:
-    return _describe(traceback.extract_stack())
+    stack = traceback.extract_stack()
+    entered = [
+        i for i, frame in enumerate(stack) if frame.name in ("_run", "program")
+        and frame.filename.endswith(("compiled/record.py", "compiled/trace.py"))
+    ]  # fmt: skip
+    return _describe(stack[max(entered, default=0) :])
 
 
 def _describe(stack: Sequence[traceback.FrameSummary]) -> str:
