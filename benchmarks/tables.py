@@ -44,7 +44,7 @@ def mnist(report: dict[str, Any]) -> str:
     few = f"first {found['num_test']}"
     return table(
         [
-            f"20 epochs, {len(found['runs'])} seeds",
+            f"{found['epochs']} epochs, {len(found['runs'])} seeds",
             "test ELBO",
             few,
             f"L_{found['num_samples']}, {few}",
@@ -240,7 +240,7 @@ def evidence_whole(report: dict[str, Any]) -> str:
 
 
 def train_step(report: dict[str, Any]) -> str:
-    """`benchmarks.train_step`: the compiled step over each peer's, ratios of medians."""
+    """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios."""
     models = report["results"]["models"]
     peers = list(dict.fromkeys(peer for model in models.values() for peer in model["ours_over"]))
     rows = [

@@ -62,6 +62,13 @@ def test_links_lead_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
 
 
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:pyro_vae|tests|benchmarks)/[\w/.]+)`", text)
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_pictures_of_the_models_are_those_of_the_notebooks() -> None:
     spec = importlib.util.spec_from_file_location("models", ROOT / "docs" / "models.py")
     assert spec is not None
