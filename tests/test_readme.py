@@ -1,4 +1,4 @@
-"""The README says what is so: its code runs, its tables are the results, its links lead on."""
+"""The READMEs say what is so: code runs, tables are the results, links lead on."""
 
 import importlib.util
 import re
@@ -10,16 +10,33 @@ import torch
 from benchmarks import report, tables
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+TEXTS = {path: path.read_text() for path in tables.READMES}
+README, BENCHMARKS = TEXTS.values()
 
 
-def test_tables_are_made_from_the_results() -> None:
-    assert tables.MARKED.search(README)
-    assert tables.render(README) == README
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_made_from_the_results(path: Path) -> None:
+    assert tables.MARKED.search(TEXTS[path])
+    assert tables.render(TEXTS[path]) == TEXTS[path]
+
+
+def test_every_table_stands_in_one_place() -> None:
+    placed = [name for text in TEXTS.values() for _, name, _ in tables.MARKED.findall(text)]
+    made = {n for n, f in vars(tables).items() if (f.__doc__ or "").startswith("`benchmarks.")}
+    assert sorted(placed) == sorted(made)
+
+
+def test_every_command_of_a_benchmark_stands_in_the_list() -> None:
+    listed = README[README.index("| benchmark |") :]
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    parts = ("step_numpyro", "step_torch", "tables")  # processes of `train_step`, and no benchmark
+    for script in scripts:
+        if "__main__" in script.read_text() and script.stem not in parts:
+            assert re.search(rf"python -m benchmarks\.{script.stem}\b", listed), script.stem
 
 
 def test_what_is_said_of_the_kl_estimators_is_what_the_results_say() -> None:
-    prose = " ".join(README.split())
+    prose = " ".join(BENCHMARKS.split())
     found = {name: report.read(f"kl_estimators_{name}")["results"] for name in ("digits", "mnist")}
     noise, dimensions = found["digits"]["noise"], found["digits"]["by_dimension"]
     worst, worst_dimension = (max(r["bias_z"] for r in rows) for rows in (noise, dimensions))
@@ -54,12 +71,23 @@ def test_a_table_typed_by_hand_is_noticed() -> None:
     assert tables.render(edited) != edited
 
 
-LINKS = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README)
+LINKS = [
+    (path, target or source)
+    for path, text in TEXTS.items()
+    for target, source in re.findall(r"\]\(([^):]+)\)|src=\"([^\"]+)\"", text)
+]
 
 
-@pytest.mark.parametrize("target", ["".join(pair) for pair in LINKS])
-def test_links_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize(("path", "target"), LINKS)
+def test_links_lead_somewhere(path: Path, target: str) -> None:
+    """To a file, and in it to a heading by the name that GitHub gives it."""
+    name, _, heading = target.partition("#")
+    found = path.parent / name if name else path
+    assert found.exists()
+    if heading:
+        titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert heading in anchors
 
 
 def test_files_that_contributing_names_exist() -> None:
