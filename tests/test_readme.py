@@ -1,13 +1,18 @@
 """The READMEs say what is so: code runs, tables are the results, links lead on."""
 
+import dataclasses
+import functools
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import pyro_vae as pv
 from benchmarks import report, tables
+from pyro_vae.compiled import backend
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path: path.read_text() for path in tables.READMES}
@@ -110,15 +115,52 @@ def test_pictures_of_the_models_are_those_of_the_notebooks() -> None:
         assert stored == models.picture(*place), f"{name}: python docs/models.py"
 
 
-def test_the_svi_script_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    script = next(s for s in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "SVI" in s)
-    shortened = script.replace("range(100)", "range(1)").replace(
-        "num_samples=1000", "num_samples=5"
-    )
-    assert shortened != script
+SHORTER = {
+    "data = pv.datasets.load": "data = few",
+    "range(100)": "range(20)",
+    "num_samples=1000": "num_samples=20",
+    'method="auto"': 'method="auto", annealing=short',
+    "holes[:100]": "holes[:4]",
+}
+
+
+def few(name: str, **options: Any) -> pv.Data:
+    """`pv.datasets.load`, of which little is kept."""
+    data = pv.datasets.load(name, **options)
+    parts = {"train": data.train[:256], "valid": data.valid[:20], "test": data.test[:4]}
+    return dataclasses.replace(data, **parts)
+
+
+def test_the_code_runs_in_order(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every block, in one namespace: of few data and draws, its defaults short, its graphs run
+    operation by operation (`test_compiled_svi` compiles them)."""
+    texts_and_blocks = re.split(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    defaults = {
+        "fit": {"epochs": 20},
+        "nuts": {"num_samples": 10, "warmup_steps": 10, "num_chains": 2},
+        "inference_gaps": {"num_steps": 50},
+    }
+    for name, options in defaults.items():
+        monkeypatch.setattr(pv, name, functools.partial(getattr(pv, name), **options))
+    monkeypatch.setattr(backend, "inductor", lambda graph, _: graph)
+    monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)  # as users have it; the fixture puts it back
-    exec(shortened, {})
-    assert "log p(x)" in capsys.readouterr().out
+    script = "".join(  # the text as empty lines, so that an error names the README's line
+        part if i % 2 else "\n" * (part.count("\n") + 1) for i, part in enumerate(texts_and_blocks)
+    )
+    assert script.count("import pyro_vae as pv") == 1
+    for long, shorter in SHORTER.items():
+        assert long in script, long
+        script = script.replace(long, shorter)
+    names: dict[str, Any] = {"few": few, "short": pv.evidence.Settings(4, 5, 2)}
+    exec(compile(script, str(ROOT / "README.md"), "exec"), names)
+    said = capsys.readouterr().out
+    assert "log p(x)" in said
+    assert "mixture" in said
+    assert (tmp_path / "runs" / "digits" / "metrics.csv").exists()
+    assert names["found"].values.shape == (20, 4, 64)
 
 
 def test_the_example_of_contributing_passes_its_own_test() -> None:
