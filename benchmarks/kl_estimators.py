@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
         "--only", nargs="+", choices=["training", "noise", "dimensions", "time"],
-        help="repeat these studies and keep the results of the others",
+        help="repeat these studies and keep the others, with where they come from",
     )  # fmt: skip
     options = parser.parse_args()
     if options.data == "digits":
@@ -339,19 +339,19 @@ def main() -> None:
         studies["dimensions"] = "by_dimension", lambda: dimension_study(data, 200, repeats=100)
 
     name = f"kl_estimators_{options.data}"
-    held = report.read(name)["results"] if options.only else {}
-    results = {
-        key: run() if options.only is None or study in options.only else held[key]
-        for study, (key, run) in studies.items()
-    }
+    made_by = report.provenance(f"python -m benchmarks.kl_estimators --data {options.data}")
+    held = report.read(name) if options.only else {"studies": {}, "results": {}}
+    sources, results = held["studies"], held["results"]
+    for study, (key, measure) in studies.items():
+        if options.only is None or study in options.only:
+            sources[key], results[key] = made_by, measure()
     for run in results["training"]:  # JSON makes text of the epochs
         run["valid_log_px"] = {int(e): value for e, value in run["valid_log_px"].items()}
     results["summary"] = summarise(results["training"], results["milliseconds_a_step"])
     for row in results["summary"]:
         print(row)
     print(results["milliseconds_a_step"])
-    command = f"python -m benchmarks.kl_estimators --data {options.data}"
-    report.write(name, command, results, draw(results, options.data))
+    report.write_studies(name, sources, results, draw(results, options.data))
 
 
 if __name__ == "__main__":

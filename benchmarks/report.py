@@ -28,17 +28,41 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, command: str, results: Any, figure: Figure | None = None) -> Path:
-    """Write `results/NAME.json`, and `results/NAME.png` where there is a figure.
+def provenance(command: str) -> dict[str, Any]:
+    """Where results come from: the command in full, and the machine with its versions.
 
     Args:
         command: that makes these results; the options that it was given are added to it, and what
             was set of `ENVIRONMENT`.
+    """
+    return {"command": _in_full(command), "machine": machine()}
+
+
+def write(name: str, command: str, results: Any, figure: Figure | None = None) -> Path:
+    """Write `results/NAME.json`, and `results/NAME.png` where there is a figure.
+
+    Args:
+        command: as in `provenance`.
         results: plain JSON.
     """
+    return _save(name, {**provenance(command), "results": results}, figure)
+
+
+def write_studies(
+    name: str, studies: dict[str, dict[str, Any]], results: Any, figure: Figure | None = None
+) -> Path:
+    """As `write`, of studies that can be repeated one by one.
+
+    Args:
+        studies: the `provenance` of each, by the key of its results. What is computed from several
+            has none of its own.
+    """
+    return _save(name, {"studies": studies, "results": results}, figure)
+
+
+def _save(name: str, report: dict[str, Any], figure: Figure | None) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    report = {"command": _in_full(command), "machine": machine(), "results": results}
     path.write_text(json.dumps(report, indent=2) + "\n")
     if figure is not None:
         figure.savefig(RESULTS / f"{name}.png", dpi=150, bbox_inches="tight")
@@ -52,7 +76,7 @@ def _in_full(command: str) -> str:
 
 
 def read(name: str) -> dict[str, Any]:
-    """What `write` wrote under that name."""
+    """What `write` or `write_studies` wrote under that name."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 

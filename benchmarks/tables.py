@@ -1,7 +1,7 @@
-"""Fills the tables of README.md from benchmarks/results, so that no figure is typed by hand.
+"""Fills the tables of both READMEs from benchmarks/results, so that no figure is typed by hand.
 
-    python -m benchmarks.tables           # rewrite the README
-    python -m benchmarks.tables --check   # exit 1 if it would change
+    python -m benchmarks.tables           # rewrite README.md and benchmarks/README.md
+    python -m benchmarks.tables --check   # exit 1 if one would change
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function here.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.report import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+READMES = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
 PARTS = ("train", "test")
 STAGES, OTHERS = ("start", "middle", "end"), ("monte_carlo", "stl")
 SOURCES = {"kl_noise": "kl_estimators_digits"}  # of tables that share their results with others
@@ -44,7 +44,7 @@ def mnist(report: dict[str, Any]) -> str:
     few = f"first {found['num_test']}"
     return table(
         [
-            f"20 epochs, {len(found['runs'])} seeds",
+            f"{found['epochs']} epochs, {len(found['runs'])} seeds",
             "test ELBO",
             few,
             f"L_{found['num_samples']}, {few}",
@@ -240,7 +240,7 @@ def evidence_whole(report: dict[str, Any]) -> str:
 
 
 def train_step(report: dict[str, Any]) -> str:
-    """`benchmarks.train_step`: the compiled step over each peer's, ratios of medians."""
+    """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios."""
     models = report["results"]["models"]
     peers = list(dict.fromkeys(peer for model in models.values() for peer in model["ours_over"]))
     rows = [
@@ -372,7 +372,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def render(text: str) -> str:
-    """The README with every marked table made anew."""
+    """The text with every marked table made anew."""
 
     def fill(match: re.Match[str]) -> str:
         name = match.group(2)
@@ -384,15 +384,16 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the README, or check it."""
+    """Rewrite the READMEs, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    old = README.read_text()
-    new = render(old)
+    rendered = {path: render(path.read_text()) for path in READMES}
+    changed = [path for path, text in rendered.items() if text != path.read_text()]
     if check:
-        sys.exit(old != new)
-    README.write_text(new)
+        sys.exit(bool(changed))
+    for path in changed:
+        path.write_text(rendered[path])
 
 
 if __name__ == "__main__":

@@ -1,25 +1,47 @@
-"""The README says what is so: its code runs, its tables are the results, its links lead on."""
+"""The READMEs say what is so: code runs, tables are the results, links lead on."""
 
+import dataclasses
+import functools
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import pyro_vae as pv
 from benchmarks import report, tables
+from pyro_vae.compiled import backend
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+TEXTS = {path: path.read_text() for path in tables.READMES}
+README, BENCHMARKS = TEXTS.values()
 
 
-def test_tables_are_made_from_the_results() -> None:
-    assert tables.MARKED.search(README)
-    assert tables.render(README) == README
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_made_from_the_results(path: Path) -> None:
+    assert tables.MARKED.search(TEXTS[path])
+    assert tables.render(TEXTS[path]) == TEXTS[path]
+
+
+def test_every_table_stands_in_one_place() -> None:
+    placed = [name for text in TEXTS.values() for _, name, _ in tables.MARKED.findall(text)]
+    made = {n for n, f in vars(tables).items() if (f.__doc__ or "").startswith("`benchmarks.")}
+    assert sorted(placed) == sorted(made)
+
+
+def test_every_command_of_a_benchmark_stands_in_the_list() -> None:
+    listed = README[README.index("| benchmark |") :]
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    parts = ("step_numpyro", "step_torch", "tables")  # processes of `train_step`, and no benchmark
+    for script in scripts:
+        if "__main__" in script.read_text() and script.stem not in parts:
+            assert re.search(rf"python -m benchmarks\.{script.stem}\b", listed), script.stem
 
 
 def test_what_is_said_of_the_kl_estimators_is_what_the_results_say() -> None:
-    prose = " ".join(README.split())
+    prose = " ".join(BENCHMARKS.split())
     found = {name: report.read(f"kl_estimators_{name}")["results"] for name in ("digits", "mnist")}
     noise, dimensions = found["digits"]["noise"], found["digits"]["by_dimension"]
     worst, worst_dimension = (max(r["bias_z"] for r in rows) for rows in (noise, dimensions))
@@ -54,12 +76,30 @@ def test_a_table_typed_by_hand_is_noticed() -> None:
     assert tables.render(edited) != edited
 
 
-LINKS = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README)
+LINKS = [
+    (path, target or source)
+    for path, text in TEXTS.items()
+    for target, source in re.findall(r"\]\(([^):]+)\)|src=\"([^\"]+)\"", text)
+]
 
 
-@pytest.mark.parametrize("target", ["".join(pair) for pair in LINKS])
-def test_links_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize(("path", "target"), LINKS)
+def test_links_lead_somewhere(path: Path, target: str) -> None:
+    """To a file, and in it to a heading by the name that GitHub gives it."""
+    name, _, heading = target.partition("#")
+    found = path.parent / name if name else path
+    assert found.exists()
+    if heading:
+        titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert heading in anchors
+
+
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:pyro_vae|tests|benchmarks)/[\w/.]+)`", text)
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_pictures_of_the_models_are_those_of_the_notebooks() -> None:
@@ -75,15 +115,52 @@ def test_pictures_of_the_models_are_those_of_the_notebooks() -> None:
         assert stored == models.picture(*place), f"{name}: python docs/models.py"
 
 
-def test_the_svi_script_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    script = next(s for s in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "SVI" in s)
-    shortened = script.replace("range(100)", "range(1)").replace(
-        "num_samples=1000", "num_samples=5"
-    )
-    assert shortened != script
+SHORTER = {
+    "data = pv.datasets.load": "data = few",
+    "range(100)": "range(20)",
+    "num_samples=1000": "num_samples=20",
+    'method="auto"': 'method="auto", annealing=short',
+    "holes[:100]": "holes[:4]",
+}
+
+
+def few(name: str, **options: Any) -> pv.Data:
+    """`pv.datasets.load`, of which little is kept."""
+    data = pv.datasets.load(name, **options)
+    parts = {"train": data.train[:256], "valid": data.valid[:20], "test": data.test[:4]}
+    return dataclasses.replace(data, **parts)
+
+
+def test_the_code_runs_in_order(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every block, in one namespace: of few data and draws, its defaults short, its graphs run
+    operation by operation (`test_compiled_svi` compiles them)."""
+    texts_and_blocks = re.split(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    defaults = {
+        "fit": {"epochs": 20},
+        "nuts": {"num_samples": 10, "warmup_steps": 10, "num_chains": 2},
+        "inference_gaps": {"num_steps": 50},
+    }
+    for name, options in defaults.items():
+        monkeypatch.setattr(pv, name, functools.partial(getattr(pv, name), **options))
+    monkeypatch.setattr(backend, "inductor", lambda graph, _: graph)
+    monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)  # as users have it; the fixture puts it back
-    exec(shortened, {})
-    assert "log p(x)" in capsys.readouterr().out
+    script = "".join(  # the text as empty lines, so that an error names the README's line
+        part if i % 2 else "\n" * (part.count("\n") + 1) for i, part in enumerate(texts_and_blocks)
+    )
+    assert script.count("import pyro_vae as pv") == 1
+    for long, shorter in SHORTER.items():
+        assert long in script, long
+        script = script.replace(long, shorter)
+    names: dict[str, Any] = {"few": few, "short": pv.evidence.Settings(4, 5, 2)}
+    exec(compile(script, str(ROOT / "README.md"), "exec"), names)
+    said = capsys.readouterr().out
+    assert "log p(x)" in said
+    assert "mixture" in said
+    assert (tmp_path / "runs" / "digits" / "metrics.csv").exists()
+    assert names["found"].values.shape == (20, 4, 64)
 
 
 def test_the_example_of_contributing_passes_its_own_test() -> None:
