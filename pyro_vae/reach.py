@@ -166,6 +166,8 @@ class _Search:
 
     def _module(self, module: nn.Module, label: str) -> None:
         self.modules[module] = label
+        if isinstance(module, torch.jit.ScriptModule):  # which keeps what it has to itself
+            return
         for table in ("_parameters", "_buffers", "_modules"):
             for key in getattr(module, table):
                 self._hold(Place(module, table, key, f"{label}.{key}"))
