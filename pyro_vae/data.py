@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,18 +28,22 @@ def bernoulli_draw(x: Tensor, generator: torch.Generator | None = None) -> Tenso
     )
 
 
-def check_classes(labels: Tensor, num_classes: int) -> None:
-    """Raise unless labels `(N,)` are classes.
+def check_classes(labels: Tensor, num_classes: int | None = None, name: str = "y") -> None:
+    """Raise unless labels `(N,)` are classes, any number of them where none is given.
 
     Raises:
         DataError: a label is not one of `num_classes`; the message names it and its row.
     """
-    bad = (labels < 0) | (labels >= num_classes) | (labels != labels.floor())
+    number = math.inf if num_classes is None else num_classes
+    bad = (labels < 0) | (labels >= number) | (labels != labels.floor())
     if bad.any():
         row = int(bad.nonzero()[0])
+        classes, last = "classes", "on"
+        if num_classes is not None:
+            classes, last = f"labels of {num_classes} classes", f"to {num_classes - 1}"
         raise DataError(
-            f"labels of {num_classes} classes are the whole numbers from 0 to {num_classes - 1}, "
-            f"but y[{row}] = {labels[row].item():g}"
+            f"{classes} are the whole numbers from 0 {last}, "
+            f"but {name}[{row}] = {labels[row].item():g}"
         )
 
 
@@ -68,7 +73,7 @@ def hide_labels(labels: Tensor, keep: int | None, seed: int = 0) -> Tensor:
     if keep is not None and keep < 0:
         raise DataError(f"keep is a number of labels, 0 or more, got {keep}")
     known = labels != UNKNOWN
-    check_classes(labels.where(known, 0), 1 + max(0, int(labels.max())))
+    check_classes(labels.where(known, 0))
     if keep is None:
         return labels.long()
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from torch.distributions import Categorical
 
 from pyro_vae import programs
 from pyro_vae.checks import at_least
+from pyro_vae.data import check_classes
 from pyro_vae.errors import ShapeError
 from pyro_vae.seeding import seeded
 from pyro_vae.typing import Program
@@ -141,10 +142,11 @@ def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
     of clusters with classes (Xie et al. 2016, eq. 10).
 
     Args:
-        clusters, labels: whole numbers from 0 on, `(N,)`.
+        clusters, labels: whole numbers from 0 on, `(N,)`; leave data of unknown class (-1) out.
 
     Raises:
         ShapeError: there are not as many clusters as labels, or none.
+        DataError: a cluster or label is no such number; the message names it and its row.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -152,6 +154,8 @@ def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
         raise ShapeError(
             f"clusters of shape {tuple(clusters.shape)} for labels of shape {tuple(labels.shape)}"
         )
+    check_classes(clusters, name="clusters")
+    check_classes(labels, name="labels")
     sizes = int(clusters.max()) + 1, int(labels.max()) + 1
     counts = torch.zeros(sizes, dtype=torch.long, device=labels.device)
     counts.index_put_((clusters.long(), labels.long()), torch.ones_like(labels.long()), True)

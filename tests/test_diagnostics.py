@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.errors import ConfigError, DataError, ShapeError
 
 
 def linear_guide(weight, scale=1.0):
@@ -181,3 +181,15 @@ def test_clustering_accuracy_is_the_best_matching():
     assert pv.clustering_accuracy(clusters, labels) == best / 8 == 6 / 8
     with pytest.raises(ShapeError, match="clusters of shape"):
         pv.clustering_accuracy(clusters, labels[:3])
+
+
+def test_clustering_accuracy_scores_no_unknown_class():
+    clusters, labels = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 2])
+    assert pv.clustering_accuracy(clusters.double(), labels.int()) == 1
+    with pytest.raises(DataError, match=r"whole numbers from 0 on, but labels\[2\] = -1"):
+        pv.clustering_accuracy(clusters, torch.tensor([0, 1, -1, 2]))
+    for wrong in (0.5, -1.0, float("nan"), float("inf")):
+        bad = clusters.double()
+        bad[3] = wrong
+        with pytest.raises(DataError, match=rf"but clusters\[3\] = {wrong:g}"):
+            pv.clustering_accuracy(bad, labels)
