@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.checks import at_least
 from pyro_vae.errors import ShapeError, SiteError
+from pyro_vae.objectives.remembered import Remembered
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
@@ -64,7 +65,7 @@ class Objective(pyro.infer.ELBO):
     Args:
         num_particles: draws of the latent variables per datum, taken at once in an outermost plate.
         max_plate_nesting: how many dimensions the program's own plates take; by default found by
-            one extra run at the first call that needs it.
+            one extra run at the first call of each (model, guide) that needs it.
 
     Raises:
         ConfigError: `num_particles` is not a whole number of at least 1, or `max_plate_nesting`
@@ -77,6 +78,7 @@ class Objective(pyro.infer.ELBO):
             at_least("max_plate_nesting", max_plate_nesting, 0)
         super().__init__(num_particles=num_particles)
         self.max_plate_nesting = max_plate_nesting
+        self._nesting: Remembered[int] = Remembered()
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate the objective once and return every term of it.
@@ -104,13 +106,32 @@ class Objective(pyro.infer.ELBO):
             loss.backward()
         return loss.item()
 
-    def _pair(self, model: Program, guide: Program, args: Sequence[Any], kwargs: Any) -> Pair:
-        if self.num_particles == 1 and not self._needs_plates:
+    def _pair(
+        self,
+        model: Program,
+        guide: Program,
+        args: Sequence[Any],
+        kwargs: Any,
+        plates: bool | None = None,
+    ) -> Pair:
+        """The pair as this objective runs it.
+
+        Args:
+            plates: whether its plates have to be counted though there is one particle.
+        """
+        if self.num_particles == 1 and not (plates or self._needs_plates):
             return Pair(model, guide, args, kwargs)
-        if self.max_plate_nesting == float("inf"):
-            self.max_plate_nesting = programs.plate_nesting(model, guide, args, kwargs)
-        nesting = int(self.max_plate_nesting)
-        return Pair(model, guide, args, kwargs, self.num_particles, nesting, self._enumerates)
+        nesting = self.max_plate_nesting
+        if nesting == float("inf"):
+            nesting = self._found_nesting(model, guide, args, kwargs)
+        return Pair(model, guide, args, kwargs, self.num_particles, int(nesting), self._enumerates)
+
+    def _found_nesting(self, model: Program, guide: Program, args: Any, kwargs: Any) -> int:
+        found = self._nesting.get(model, guide)
+        if found is None:
+            found = programs.plate_nesting(model, guide, args, kwargs)
+            self._nesting.keep(model, guide, found)
+        return found
 
     _needs_plates = False
     _enumerates = False

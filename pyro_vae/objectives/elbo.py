@@ -22,6 +22,7 @@ from pyro_vae.objectives.base import (
 )
 from pyro_vae.objectives.dimensions import dimension_first, factor, factors, monte_carlo_kl
 from pyro_vae.objectives.expectation import Expectation
+from pyro_vae.objectives.remembered import Remembered
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
@@ -79,6 +80,8 @@ class ELBO(Objective):
         if not 0.0 <= free_bits < float("inf"):
             raise ConfigError(f"free_bits must be finite and not negative, got {free_bits}")
         super().__init__(num_particles, max_plate_nesting)
+        self._enumerated: Remembered[bool] = Remembered()  # pairs with marked sites
+        self._num_enumerated = 0  # tells `compile` that a run found one, and drew twice
         self.kl = kl
         self.gradient = gradient
         self.free_bits = free_bits
@@ -127,12 +130,13 @@ class ELBO(Objective):
     _enumerates = True
 
     def _run(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Pair, Run]:
-        pair = self._pair(model, guide, args, kwargs)
+        pair = self._pair(model, guide, args, kwargs, self._enumerated.get(model, guide))
         run = pair.run()
         marked = any(site["infer"].get("enumerate") == "parallel" for site in run.guide.values())
         if marked and not pair.enumerate:
-            self._needs_plates = True  # the values go left of all plates: count them, once
-            pair = self._pair(model, guide, args, kwargs)
+            self._enumerated.keep(model, guide, True)
+            self._num_enumerated += 1
+            pair = self._pair(model, guide, args, kwargs, plates=True)  # values go left of them
             run = pair.run()
         return pair, run
 
