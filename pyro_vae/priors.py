@@ -54,7 +54,7 @@ class GaussianMixture(nn.Module):
     """sum_c w_c N(m_c, diag(s_c^2)), fixed or learned.
 
     Its draws are not reparametrised: they are for generating, and training draws z from q. There is
-    no analytic KL to it; use `ELBO(kl="monte_carlo")`.
+    no analytic KL to it: the `ELBO` takes the Monte Carlo one.
 
     Args:
         loc: means of the components, `(components, latent)`; for a learned mixture a start, e.g.
@@ -155,12 +155,13 @@ class VampPrior(nn.Module):
 
     The prior holds the very posterior that the guide uses, so training moves both together. With a
     context, the pseudo-inputs are encoded with each datum's own: `(N, K)` encodings. There is no
-    analytic KL; use `ELBO(kl="monte_carlo")`. One evaluation costs K encodings, whatever the batch,
-    and with a `DiagonalNormal` one matrix product for all K densities of all data. With other
-    posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow` each
-    needs the flow's inverse (see there). Batch normalisation in the encoder takes the pseudo-inputs
-    for a batch of their own, and counts it. Warm the KL up (the authors do, over 100 epochs): at
-    full weight from the start, prior and posterior may agree before they have seen anything.
+    analytic KL: the `ELBO` takes the Monte Carlo one. One evaluation costs K encodings, whatever
+    the batch, and with a `DiagonalNormal` one matrix product for all K densities of all data. With
+    other posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow`
+    each needs the flow's inverse (see there). Batch normalisation in the encoder takes the
+    pseudo-inputs for a batch of their own, and counts it. Warm the KL up (the authors do, over 100
+    epochs): at full weight from the start, prior and posterior may agree before they have seen
+    anything.
 
     Args:
         posterior: of the same VAE: a module, or any callable of `(x)` (or `(x, context)`).
@@ -262,7 +263,7 @@ class Flow(nn.Module):
 
     Takes any flow of zuko, e.g. `Flow(zuko.flows.NAF(latent))`. Training evaluates log p(z) at the
     guide's draws and generating inverts the map, so coupling flows, which do both in one pass, suit
-    best: `Flow.spline` makes one. There is no analytic KL; use `ELBO(kl="monte_carlo")`.
+    best: `Flow.spline` makes one. There is no analytic KL: the `ELBO` takes the Monte Carlo one.
 
     zuko and not Pyro's own transforms: one constructor makes any flow with or without a context,
     where Pyro has another class for each, and three spline couplings of 10 dimensions took 0.7
