@@ -18,7 +18,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 
-from pyro_vae.checks import at_least
+from pyro_vae.checks import at_least, nonnegative
 from pyro_vae.conditioning import condition
 from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import ConfigError, ShapeError
@@ -64,7 +64,8 @@ class GaussianMixture(nn.Module):
         learned: whether means, scales and weights are parameters or stay as given.
 
     Raises:
-        ConfigError: a mean is not finite, or a scale or weight not finite and positive.
+        ConfigError: an argument is no array of numbers, a mean is not finite, or a scale or weight
+            not finite and positive.
         ShapeError: `loc` is not a matrix with a row and a column at least, there is not one weight
             a component, or `scale` does not broadcast to `loc`.
     """
@@ -81,11 +82,12 @@ class GaussianMixture(nn.Module):
         learned: bool = True,
     ) -> None:
         super().__init__()
+        loc = _floating("loc", loc)
         if loc.dim() != 2 or loc.numel() == 0:
             raise ShapeError(f"loc is (components, latent), got shape {tuple(loc.shape)}")
-        loc = _floating(loc)
-        scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device)
-        weights = loc.new_ones(len(loc)) if weights is None else weights.to(loc)
+        scale = _floating("scale", scale).to(loc)
+        weights = loc.new_ones(len(loc)) if weights is None else _floating("weights", weights)
+        weights = weights.to(loc)
         if weights.shape != loc.shape[:1]:
             raise ShapeError(f"{len(loc)} components, but weights of shape {tuple(weights.shape)}")
         try:
@@ -191,11 +193,10 @@ class VampPrior(nn.Module):
     ) -> None:
         super().__init__()
         at_least("num_pseudo_inputs", num_pseudo_inputs, 1)
-        if not 0 <= noise < math.inf:
-            raise ConfigError(f"noise is finite and not negative, got {noise}")
+        nonnegative("noise", noise)
         if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
             raise ConfigError(f"bounds are finite numbers (low, high), got {bounds}")
-        start = _floating(start.detach())
+        start = _floating("start", start).detach()
         self.posterior = posterior
         self.bounds = bounds
         u = _pseudo_inputs(num_pseudo_inputs, start, noise, seed)
@@ -240,8 +241,18 @@ def _check_each(name: str, value: Tensor, good: Tensor, what: str) -> None:
         raise ConfigError(f"{name} must be {what}, got {value[~good][0].item():g}")
 
 
-def _floating(x: Tensor) -> Tensor:
-    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+def _floating(name: str, value: Any) -> Tensor:
+    """A tensor of real numbers, in the default precision what is none yet.
+
+    Raises:
+        ConfigError: the value is no array of numbers.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    try:
+        return torch.as_tensor(value, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} must be an array of numbers, got {value!r}") from error
 
 
 def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tensor:

@@ -274,7 +274,7 @@ def test_bad_csv_cells_are_placed(tmp_path: Path, text: str, says: list[str]) ->
         ({"x": TABLE}, {"fractions": (1.5, -0.6, 0.1)}, ConfigError, ["-0.6"]),
         ({"x": TABLE}, {"fractions": (1.0, 0, 0)}, ConfigError, ["test on"]),
         ({"x": TABLE[:2]}, {}, DataError, ["2 rows", "valid and test"]),
-        ({"x": TABLE}, {"scale": 0}, ConfigError, ["scale 0"]),
+        ({"x": TABLE}, {"scale": 0}, ConfigError, ["scale must be positive and finite, got 0"]),
         ({"x": TABLE}, {"seed": 2**32}, ConfigError, ["4294967296"]),
         ({"x": TABLE}, {"binarize": "never"}, UnknownNameError, ["'never'", "'dynamic'"]),
     ],

@@ -378,7 +378,7 @@ def test_manifold_needs_two_dimensions():
     lambda vae: plots.reconstructions(vae, binary(3), SHAPE, num=0),
 ])  # fmt: skip
 def test_numbers_of_pictures_are_positive(draw):
-    with pytest.raises(ConfigError, match="num must be positive, got 0"):
+    with pytest.raises(ConfigError, match="num must be a whole number of at least 1, got 0"):
         draw(make_vae())
 
 
@@ -594,7 +594,7 @@ def test_class_grid_has_a_row_a_class_and_a_column_a_noise(make):
         np.testing.assert_allclose(shown[4 * y : 4 * y + 4].reshape(4, -1), expected, rtol=1e-6)
     assert figure.axes[0].get_ylabel() == "Class"
     assert plots.class_grid(vae, 3, SHAPE, name="cluster").axes[0].get_ylabel() == "Cluster"
-    with pytest.raises(ConfigError, match="num must be positive"):
+    with pytest.raises(ConfigError, match="num must be a whole number"):
         plots.class_grid(vae, 3, SHAPE, num=0)
     with pytest.raises((DataError, ShapeError), match="3 classes"):
         plots.class_grid(vae, 4, SHAPE)
@@ -623,7 +623,7 @@ def test_analogies_decode_the_style_of_a_datum_in_every_class(make):
             labels = torch.full((4,), c)
             p = vae.decode(q, one[labels] if make is class_vae else labels)
             np.testing.assert_allclose(shown[:, 1 + c], p.mean, rtol=1e-6)
-    with pytest.raises(ConfigError, match="num must be positive"):
+    with pytest.raises(ConfigError, match="num must be a whole number"):
         plots.analogies(vae, x, y, 3, SHAPE, num=0)
     with pytest.raises(ShapeError, match="4 data need as many contexts"):
         plots.analogies(vae, x, y[:2], 3, SHAPE, num=4)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, DataError, ShapeError, UnknownNameError
 
 T = TypeVar("T")
@@ -86,9 +87,10 @@ def permutation(rows: int, seed: int = 0) -> np.ndarray:
     Raises:
         ConfigError: the seed is not a whole number from 0 to 2³² - 1.
     """
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed {seed!r} is not a whole number from 0 to 2**32 - 1")
-    return np.random.RandomState(seed).permutation(rows)
+    number = at_least("seed", seed, 0)
+    if number >= 2**32:
+        raise ConfigError(f"seed must be below 2^32, got {seed!r}")
+    return np.random.RandomState(number).permutation(rows)
 
 
 def as_filed(parts: Parts) -> Parts:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import programs
+from pyro_vae.checks import nonnegative
 from pyro_vae.errors import AnalyticKLError, ConfigError, SiteError
 from pyro_vae.objectives.base import (
     Estimator,
@@ -78,14 +79,12 @@ class ELBO(Objective):
             raise ConfigError(f'gradient is "standard" or "stl", got {gradient!r}')
         if gradient == "stl" and kl != "monte_carlo":
             raise ConfigError(f'gradient="stl" is of the Monte Carlo KL, got kl={kl!r}')
-        if not 0.0 <= free_bits < float("inf"):
-            raise ConfigError(f"free_bits must be finite and not negative, got {free_bits}")
         super().__init__(num_particles, max_plate_nesting)
         self._enumerated: Remembered[bool] = Remembered()  # pairs with marked sites
         self._num_enumerated = 0  # tells `compile` that a run found one, and drew twice
         self.kl = kl
         self.gradient = gradient
-        self.free_bits = free_bits
+        self.free_bits = nonnegative("free_bits", free_bits)
         self._kl_weight = torch.tensor(0.0, dtype=torch.float64)
         self.kl_weight = kl_weight
 
@@ -96,9 +95,7 @@ class ELBO(Objective):
 
     @kl_weight.setter
     def kl_weight(self, weight: float) -> None:
-        if not 0.0 <= weight < float("inf"):
-            raise ConfigError(f"kl_weight must be finite and not negative, got {weight}")
-        self._kl_weight.fill_(weight)
+        self._kl_weight.fill_(nonnegative("kl_weight", weight))
 
     def _weight_beside(self, kl: Tensor) -> Tensor:
         """w as a factor of the KL. It moves to a GPU to stay, where a captured graph reads it."""
