@@ -14,8 +14,9 @@ from torch.distributions import Categorical
 
 from pyro_vae import programs
 from pyro_vae.checks import at_least
-from pyro_vae.data import check_classes
-from pyro_vae.errors import ShapeError
+from pyro_vae.data import Split, check_classes
+from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.evidence.ground import prepare
 from pyro_vae.seeding import seeded
 from pyro_vae.typing import Program
 
@@ -46,7 +47,7 @@ class ActiveUnits:
 @torch.no_grad()
 def active_units(
     guide: Program,
-    x: Tensor,
+    x: Any,
     threshold: float = 0.01,
     *,
     context: Tensor | None = None,
@@ -64,22 +65,30 @@ def active_units(
 
     Args:
         guide: called with rows of `x`; every site has the rows as its leading batch dimension.
-        x: data, `(N, features)`, N > 1.
+        x: data, `(N, features)`, N > 1: a tensor, an array, or a `Split`, at the device and in the
+            precision of any parameter.
         threshold: 0.01 in the field.
-        context: `(N, ...)`, the guide's second argument where it takes one.
+        context: `(N, ...)`, the guide's second argument where it takes one and `x` brings none.
         num_samples: draws for each average, halved between the two.
         batch_size: rows at once.
         seed: of the draws.
 
     Raises:
-        ConfigError: `num_samples` is no whole number of at least 2, or `batch_size` of at least 1.
+        ConfigError: `num_samples` is no whole number of at least 2, or `batch_size` of at least 1;
+            the guide cannot be called or was never run; or there are two contexts.
+        DataError: `x` is no array of numbers, or empty.
         ShapeError: fewer than two data, not as many contexts, or a site that has no row for each.
     """
     at_least("num_samples", num_samples, 2)
     at_least("batch_size", batch_size, 1)
+    if not callable(guide):
+        raise ConfigError(f"the guide must be a Pyro program, a callable; got {guide!r}")
+    if context is not None and isinstance(x, Split) and x.context is not None:
+        raise ConfigError("x is a Split with a context of its own, so context= has no place")
+    x, others = prepare(guide, guide, x, () if context is None else (context,))
     if len(x) < 2:
         raise ShapeError(f"a covariance over the data needs at least two, got {len(x)}")
-    args = (x,) if context is None else (x, context)
+    args = (x, *others)
     if len(args[-1]) != len(x):
         raise ShapeError(f"{len(x)} data need as many contexts, got {len(args[-1])}")
     parts = zip(*(arg.split(batch_size) for arg in args), strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.errors import ConfigError, DataError, ShapeError
+from pyro_vae.errors import ConfigError, DataError, ShapeError, SiteError
 
 
 def linear_guide(weight, scale=1.0):
@@ -159,6 +159,41 @@ def test_contexts_reach_the_guide_and_classes_are_no_units():
     torch.testing.assert_close(units.variance["z"], (x[:, :1] * context).var(0))
     with pytest.raises(ShapeError, match="200 data need as many contexts, got 3"):
         pv.active_units(guide, x, context=context[:3])
+
+
+def test_units_of_splits_and_arrays_in_the_precision_of_the_guide():
+    vae = pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.likelihoods.Normal(nn.Linear(5, 3), 1.0),
+        pv.posteriors.DiagonalNormal(pv.networks.MLP(6, [], 4)),
+    ).float()
+    x, context = torch.randn(40, 3), torch.randn(40, 3)
+    expected = vae.encode(x.float(), context.float()).mean.var(0).detach()
+    split = pv.Split(x, context=context)
+    found = [
+        pv.active_units(vae.guide, split),
+        pv.active_units(vae.guide, pv.Split(x), context=context),
+        pv.active_units(vae.guide, x.numpy(), context=context),
+    ]
+    for units in found:
+        assert units.variance["z"].dtype == torch.float32
+        torch.testing.assert_close(units.variance["z"], expected)
+    drawn = pv.Split(torch.full((40, 3), 0.5), draw=pv.data.bernoulli_draw, seed=3)
+    weight = torch.eye(3)
+    variance = pv.active_units(linear_guide(weight), drawn).variance["z"]
+    torch.testing.assert_close(variance, drawn.fixed().x.var(0))
+    with pytest.raises(ConfigError, match="context= has no place"):
+        pv.active_units(vae.guide, split, context=context)
+    with pytest.raises(ConfigError, match=r"the guide must be a Pyro program.*got 3"):
+        pv.active_units(3, x)
+    with pytest.raises(DataError, match="Data of several splits"):
+        pv.active_units(vae.guide, pv.Data(split, None, split))
+
+
+def test_terms_without_means_have_no_units_to_count():
+    terms = pv.objectives.Terms(torch.zeros(()), torch.zeros(()), torch.zeros(()))
+    with pytest.raises(SiteError, match="no mean of any latent site"):
+        terms.active_units()
 
 
 def test_what_has_no_covariance_is_refused():

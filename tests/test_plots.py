@@ -182,8 +182,8 @@ def test_training_curves_refuse_what_they_cannot_draw(tmp_path):
         plots.training_curves({name: [] for name in metrics(1)[0]})
 
 
-def test_active_units_are_sorted_counted_and_named():
-    figure = plots.active_units([0.5, 0.001, 2.0, 0.02])
+def test_kl_per_dimension_is_sorted_counted_and_named():
+    figure = plots.kl_per_dimension([0.5, 0.001, 2.0, 0.02])
     (axes,) = figure.axes
     assert [bar.get_height() for bar in axes.patches] == [2.0, 0.5, 0.02, 0.001]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["2", "0", "3", "1"]
@@ -191,13 +191,15 @@ def test_active_units_are_sorted_counted_and_named():
     assert colours[0] == colours[1] == colours[2] != colours[3]
     assert axes.get_title("left") == "3 of 4 dimensions above 0.01 nats"
     assert "nats" in axes.get_ylabel()
-    assert plots.active_units([0.5, 2.0], threshold=1).axes[0].get_title("left").startswith("1 of")
+    assert (
+        plots.kl_per_dimension([0.5, 2.0], threshold=1).axes[0].get_title("left").startswith("1 of")
+    )
 
 
 @pytest.mark.parametrize("kl", [[], [[1.0]], [1.0, math.nan]])
-def test_active_units_refuse_other_than_a_finite_vector(kl):
+def test_kl_per_dimension_refuses_other_than_a_finite_vector(kl):
     with pytest.raises(DataError, match="KL per dimension"):
-        plots.active_units(kl)
+        plots.kl_per_dimension(kl)
 
 
 # tiles

@@ -51,8 +51,15 @@ class Terms:
         `pv.active_units` looks at a whole data set.
 
         Raises:
+            SiteError: there are no means.
             ShapeError: a site has fewer than two data.
         """
+        if not self.means:
+            raise SiteError(
+                "these terms carry no mean of any latent site: it has none that its distribution "
+                "states (a flow, a discrete site), or the objective is compiled or sums over a "
+                "site. Use pv.active_units, which averages draws"
+            )
         for name, mean in self.means.items():
             if len(mean) < 2:
                 raise ShapeError(f'a variance over the data needs two; site "{name}" has one')
