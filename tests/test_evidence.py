@@ -28,7 +28,7 @@ from pyro_vae.errors import (
     SupportError,
     UnknownNameError,
 )
-from pyro_vae.evidence import Settings, draws
+from pyro_vae.evidence import Annealing, draws
 from pyro_vae.evidence.importance import Proposal
 
 
@@ -659,7 +659,7 @@ def test_tf32_is_audited(pair: Linear, method: str) -> None:
             pyro.factor("error", torch.full(x.shape[:1], error))
 
     x = pair.draw(40)
-    options = {"num_samples": 500, "method": method, "annealing": Settings(4, 5, 2)}
+    options = {"num_samples": 500, "method": method, "annealing": Annealing(4, 5, 2)}
     full = pv.log_marginal(model, pair.guide, x, **options)
     rounded = pv.log_marginal(model, pair.guide, x, **options, tf32=True)
     audit = rounded.provenance["tf32_audit"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, SiteError, UnknownNameError
-from pyro_vae.evidence.ais import Settings
+from pyro_vae.evidence.ais import Annealing
 from pyro_vae.evidence.annealing import Annealer, Start, check_annealing
 from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
 from pyro_vae.evidence.importance import Proposal, Sampler
@@ -79,7 +79,7 @@ def sandwich(
     *args: Any,
     method: str = "is",
     num_samples: int = 1000,
-    annealing: Settings | None = None,
+    annealing: Annealing | None = None,
     start: Start = "guide",
     tolerance: float = 0.5,
     seed: int = 0,
@@ -124,7 +124,7 @@ def sandwich(
             sampler = Sampler(target, num_samples, seed, chunk_bytes, Proposal(share=0.0))
             parts = [_planted(sampler, rows, z) for rows in sampler.chunks()]
         else:
-            annealer = Annealer(target, annealing or Settings(), seed, chunk_bytes, start)
+            annealer = Annealer(target, annealing or Annealing(), seed, chunk_bytes, start)
             parts = [_both_ways(annealer, rows, z) for rows in annealer.chunks()]
     lower, upper = (torch.cat(bound).numpy() for bound in zip(*parts, strict=True))
     return Sandwich(lower, upper, method, tolerance)
