@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pyro_vae.errors import DataError
 
@@ -26,6 +27,30 @@ def bernoulli_draw(x: Tensor, generator: torch.Generator | None = None) -> Tenso
     return (torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) < x).to(
         x.dtype
     )
+
+
+def as_tensor(x: Any) -> Tensor:
+    """An array of numbers as a tensor, a tensor as it is. What numpy has under a mask is NaN.
+
+    Raises:
+        DataError: it is no array, or several.
+    """
+    if isinstance(x, Tensor):
+        return x
+    try:
+        # numpy would stack (x, y) into one array, and read a dataset's items as rows
+        if isinstance(x, Dataset) or (
+            isinstance(x, tuple) and any(hasattr(part, "shape") for part in x)
+        ):
+            raise TypeError("which of its parts is the data, it does not say")
+        if np.ma.is_masked(x):
+            x = x.astype(np.promote_types(x.dtype, np.float16)).filled(np.nan)
+        # torch warns of arrays that are read-only, as a data frame's are
+        return torch.as_tensor(np.require(x, requirements=["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"data of type {type(x).__name__} is no array of numbers: {error}"
+        ) from error
 
 
 def check_classes(labels: Tensor, num_classes: int | None = None, name: str = "y") -> None:

@@ -14,7 +14,7 @@ from torch.distributions import Categorical
 
 from pyro_vae import programs
 from pyro_vae.checks import at_least
-from pyro_vae.data import Split, check_classes
+from pyro_vae.data import Split, as_tensor, check_classes
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.evidence.ground import prepare
 from pyro_vae.seeding import seeded
@@ -50,7 +50,7 @@ def active_units(
     x: Any,
     threshold: float = 0.01,
     *,
-    context: Tensor | None = None,
+    context: Any = None,
     num_samples: int = 32,
     batch_size: int = 1000,
     seed: int = 0,
@@ -85,7 +85,7 @@ def active_units(
         raise ConfigError(f"the guide must be a Pyro program, a callable; got {guide!r}")
     if context is not None and isinstance(x, Split) and x.context is not None:
         raise ConfigError("x is a Split with a context of its own, so context= has no place")
-    x, others = prepare(guide, guide, x, () if context is None else (context,))
+    x, others = prepare(guide, guide, x, () if context is None else (as_tensor(context),))
     if len(x) < 2:
         raise ShapeError(f"a covariance over the data needs at least two, got {len(x)}")
     args = (x, *others)

@@ -173,7 +173,7 @@ def test_units_of_splits_and_arrays_in_the_precision_of_the_guide():
     found = [
         pv.active_units(vae.guide, split),
         pv.active_units(vae.guide, pv.Split(x), context=context),
-        pv.active_units(vae.guide, x.numpy(), context=context),
+        pv.active_units(vae.guide, x.numpy(), context=context.numpy()),
     ]
     for units in found:
         assert units.variance["z"].dtype == torch.float32

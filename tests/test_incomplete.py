@@ -142,6 +142,14 @@ def test_fit_trains_on_holes_from_nan_or_a_mask():
     assert exact - 0.35 < found.mean < exact + 0.1  # trained on holes, judged on whole data
 
 
+def test_fit_takes_numpys_masked_values_for_holes():
+    x = with_holes(mixed_table())
+    masked = np.ma.masked_array(x.nan_to_num(nan=-999.0).numpy(), x.isnan().numpy())
+    runs = [pv.fit(mixed_vae(), data, epochs=2, batch_size=20, progress=False)
+            for data in (x, masked)]  # fmt: skip
+    assert runs[0].metrics[-1]["train_loss"] == runs[1].metrics[-1]["train_loss"]
+
+
 def test_a_loader_yields_holes_and_a_compiled_step_takes_them():
     x = with_holes(mixed_table(64))
     loader = DataLoader(TensorDataset(x), batch_size=32)
