@@ -1,15 +1,20 @@
-"""Options checked: what means nothing is refused by name and value."""
+"""Options checked: what means nothing is refused by name and value, what has no such name by both
+that and the names that there are."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
+from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pyro_vae.errors import ConfigError
+from pyro_vae.errors import ConfigError, UnknownNameError
+
+T = TypeVar("T")
 
 
 def whole(name: str, value: Any) -> int:
@@ -58,6 +63,31 @@ def nonnegative(name: str, value: Any) -> float:
     if not 0 <= number < math.inf:
         raise ConfigError(f"{name} must be finite and not negative, got {value!r}")
     return number
+
+
+def look_up(kind: str, name: Any, table: Mapping[str, T], also: str = "") -> T:
+    """The entry of a registry.
+
+    Args:
+        kind: what it is a registry of, for the message.
+        also: what else could have been given.
+
+    Raises:
+        UnknownNameError: there is none; the message lists the known and the nearest.
+    """
+    check_known(kind, name, table, also)
+    return table[name]
+
+
+def check_known(kind: str, name: Any, names: Iterable[str], also: str = "") -> None:
+    """Raise `UnknownNameError` unless a name is one of these; see `look_up`."""
+    known = list(names)
+    if isinstance(name, str) and name in known:
+        return
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    listed = ", ".join(map(repr, known))
+    raise UnknownNameError(f"no {kind} named {name!r}; {hint}known: {listed}{also}")
 
 
 def _index(value: Any) -> int | None:

@@ -15,6 +15,7 @@ from torch.distributions import Categorical
 from pyro_vae import programs
 from pyro_vae.checks import at_least
 from pyro_vae.data import Split, as_tensor, check_classes
+from pyro_vae.distributions import stated_mean
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.evidence.ground import prepare
 from pyro_vae.seeding import seeded
@@ -124,7 +125,9 @@ def _site_means(guide: Program, args: Sequence[Tensor]) -> dict[str, Tensor]:
     for name, site in nodes.items():
         if site["type"] != "sample" or site["is_observed"] or _is_class(site["fn"]):
             continue
-        mean = _mean(site)
+        draw: Any = site["value"]
+        stated = stated_mean(site["fn"])
+        mean: Tensor = draw if stated is None else stated
         if mean.dim() == 0 or len(mean) != number:
             shape = tuple(mean.shape)
             raise ShapeError(f'site "{name}" has shape {shape}: no row for each of {number} data')
@@ -137,13 +140,6 @@ def _is_class(distribution: Any) -> bool:
     while not isinstance(distribution, Categorical) and hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     return isinstance(distribution, Categorical)
-
-
-def _mean(site: Any) -> Tensor:
-    try:
-        return site["fn"].mean
-    except NotImplementedError:
-        return site["value"]
 
 
 def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.checks import at_least, nonnegative, positive, whole
+from pyro_vae.checks import at_least, look_up, nonnegative, positive, whole
 from pyro_vae.datasets.splits import permutation
-from pyro_vae.errors import ConfigError
+from pyro_vae.errors import ConfigError, UnknownNameError
 from pyro_vae.networks import MLP, ConvEncoder, GatedMLP
 from pyro_vae.priors import GaussianMixture, StandardNormal, VampPrior
 from pyro_vae.schedules import Cyclical, Warmup
@@ -58,6 +58,18 @@ def test_what_is_no_real_number(value: Any) -> None:
         positive("s", value)
     with pytest.raises(ConfigError, match="s must be finite and not negative, got "):
         nonnegative("s", value)
+
+
+def test_names_are_looked_up_and_the_nearest_is_proposed() -> None:
+    table = {"mnist": 1, "digits": 2}
+    assert look_up("set", "digits", table) == 2
+    with pytest.raises(UnknownNameError) as caught:
+        look_up("set", "MINST", table, ", or None")
+    said = "no set named 'MINST'; did you mean 'mnist'? known: 'mnist', 'digits', or None"
+    assert str(caught.value) == said
+    for name in (None, 3, ["mnist"], {}):
+        with pytest.raises(UnknownNameError, match=r"no set named .* known: 'mnist', 'digits'"):
+            look_up("set", name, table)
 
 
 def vamp(**options: Any) -> VampPrior:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vae.checks import at_least, positive
+from pyro_vae.checks import at_least, look_up, positive
 from pyro_vae.data import Data, Split, bernoulli_draw
-from pyro_vae.datasets.splits import Part, Parts, Rule, look_up
+from pyro_vae.datasets.splits import Part, Parts, Rule
 from pyro_vae.errors import ConfigError, DataError, ShapeError, SupportError
 
 PART_NAMES = ("train", "valid", "test")

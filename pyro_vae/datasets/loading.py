@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from pyro_vae.checks import look_up
 from pyro_vae.data import Data
 from pyro_vae.datasets.binarization import assemble
 from pyro_vae.datasets.catalogue import DATASETS
 from pyro_vae.datasets.files import READERS, load_file
 from pyro_vae.datasets.sources import Store
-from pyro_vae.datasets.splits import look_up
 from pyro_vae.errors import ConfigError, UnknownNameError
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from pyro_vae.checks import at_least
-from pyro_vae.errors import ConfigError, DataError, ShapeError, UnknownNameError
-
-T = TypeVar("T")
+from pyro_vae.errors import ConfigError, DataError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -63,19 +59,6 @@ class Protocol:
 
     rule: Rule
     about: str
-
-
-def look_up(kind: str, name: str, table: Mapping[str, T], also: str = "") -> T:
-    """The entry of a registry.
-
-    Raises:
-        UnknownNameError: `name` is not in it; the message lists the known and the nearest.
-    """
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name).lower(), list(table), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UnknownNameError(f"no {kind} named {name!r}; {hint}known: {_listed(table)}{also}")
 
 
 def permutation(rows: int, seed: int = 0) -> np.ndarray:
@@ -164,7 +147,3 @@ def cut_by_fraction(fractions: tuple[float, ...], where: str, seed: int) -> Rule
         return cut(**sizes, shuffled=True, seed=seed)(parts)
 
     return rule
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)

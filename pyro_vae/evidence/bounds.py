@@ -13,8 +13,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.checks import at_least
-from pyro_vae.errors import ConfigError, SiteError, UnknownNameError
+from pyro_vae.checks import at_least, check_known
+from pyro_vae.errors import ConfigError, SiteError
 from pyro_vae.evidence.ais import Annealing
 from pyro_vae.evidence.annealing import Annealer, Start, check_annealing
 from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
@@ -109,8 +109,7 @@ def sandwich(
         UnknownNameError: another method.
         ConfigError: an option means nothing; `num_samples` is at least 2.
     """
-    if method not in ("is", "ais"):
-        raise UnknownNameError(f'method is "is" or "ais", got {method!r}')
+    check_known("method", method, ("is", "ais"))
     at_least("num_samples", num_samples, 2)
     at_least("chunk_bytes", chunk_bytes, 1)
     check_annealing(annealing, start)

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pyro_vae.checks import at_least
+from pyro_vae.checks import at_least, check_known
 from pyro_vae.data import Split
-from pyro_vae.errors import UnknownNameError
 from pyro_vae.evidence.ais import Annealing
 from pyro_vae.evidence.annealing import Start, check_annealing
 from pyro_vae.evidence.diagnostics import checkpoints
@@ -131,9 +130,7 @@ def log_marginal(
 def _check_options(
     num_samples: int, method: str, start: str, annealing: Any, chunk_bytes: int
 ) -> None:
-    if not isinstance(method, str) or method not in METHODS:
-        known = ", ".join(f'"{name}"' for name in METHODS)
-        raise UnknownNameError(f"method is one of {known}; got {method!r}")
+    check_known("method", method, METHODS)
     at_least("num_samples", num_samples, 1)
     at_least("chunk_bytes", chunk_bytes, 1)
     check_annealing(annealing, start)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.checks import at_least
+from pyro_vae.distributions import stated_mean
 from pyro_vae.errors import ShapeError, SiteError
 from pyro_vae.objectives.remembered import Remembered
 from pyro_vae.programs import Pair, Run, Site
@@ -156,10 +157,10 @@ def posterior_means(run: Run, num_particles: int) -> dict[str, Tensor]:
         fn = run.guide[name]["fn"]
         if not fn.has_rsample:
             continue
-        try:
-            mean = fn.mean.detach()
-        except NotImplementedError:  # a flow
+        mean = stated_mean(fn)
+        if mean is None:
             continue
+        mean = mean.detach()
         mean = mean if num_particles == 1 else mean.mean(0)
         means[name] = mean.reshape(-1, fn.event_shape.numel())
     return means

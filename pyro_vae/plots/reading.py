@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.data import as_tensor
+from pyro_vae.distributions import stated_mean
 from pyro_vae.errors import DataError, ShapeError
 from pyro_vae.seeding import seeded
 from pyro_vae.typing import Distribution
@@ -80,7 +81,5 @@ def flat(x: Tensor) -> NDArray[Any]:
 
 
 def _mean(q: Distribution) -> Tensor:
-    try:
-        return q.mean
-    except NotImplementedError:
-        return q.sample(torch.Size([DRAWS])).mean(0)
+    mean = stated_mean(q)
+    return q.sample(torch.Size([DRAWS])).mean(0) if mean is None else mean
