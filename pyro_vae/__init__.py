@@ -17,7 +17,16 @@ from pyro_vae.objectives import ELBO, IWAE, MIWAE, WakeSleep
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
-    from pyro_vae import compiled, datasets, plots, training, variants
+    from pyro_vae import (
+        compiled,
+        datasets,
+        evidence,
+        imputation,
+        inference_data,
+        plots,
+        training,
+        variants,
+    )
     from pyro_vae.compiled import CompiledSVI, compile
     from pyro_vae.diagnostics import active_units, clustering_accuracy
     from pyro_vae.evidence import Evidence, compare, exact, log_marginal, sandwich
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
     from pyro_vae.mcmc import Chains, nuts
     from pyro_vae.monte_carlo_em import mcem
     from pyro_vae.training import Run, fit, load_weights, read_metrics, save_weights, track_log_px
+
+    __version__: str
 
 __all__ = [
     "ELBO",
@@ -49,9 +60,12 @@ __all__ = [
     "datasets",
     "distributions",
     "errors",
+    "evidence",
     "exact",
     "fit",
+    "imputation",
     "impute",
+    "inference_data",
     "inference_gaps",
     "likelihoods",
     "load_weights",
@@ -96,7 +110,16 @@ _HOMES = {
     "save_weights": "pyro_vae.training",
     "track_log_px": "pyro_vae.training",
 }
-_MODULES = ("compiled", "datasets", "plots", "training", "variants")
+_MODULES = (
+    "compiled",
+    "datasets",
+    "evidence",
+    "imputation",
+    "inference_data",
+    "plots",
+    "training",
+    "variants",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -104,6 +127,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        return import_module("pyro_vae.provenance").version_of("pyro-vae")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -34,12 +34,12 @@ def condition(part: Conditional, *args: Tensor, context: Tensor | None) -> Distr
 
 def call(function: Callable[..., Any], *args: Tensor, context: Tensor | None) -> Any:
     """Call a part or program; one that knows nothing of contexts is not troubled with one."""
-    if context is None or not _takes(function, len(args) + 1):
+    if context is None or not takes(function, len(args) + 1):
         return function(*args)
     return function(*args, context)
 
 
-def _takes(function: Callable[..., Any], number: int) -> bool:
+def takes(function: Callable[..., Any], number: int) -> bool:
     """Whether it can be called with so many positional arguments."""
     function = function.forward if isinstance(function, nn.Module) else function
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pyro_vae.errors import DataError
 
@@ -27,18 +29,46 @@ def bernoulli_draw(x: Tensor, generator: torch.Generator | None = None) -> Tenso
     )
 
 
-def check_classes(labels: Tensor, num_classes: int) -> None:
-    """Raise unless labels `(N,)` are classes.
+def as_tensor(x: Any) -> Tensor:
+    """An array of numbers as a tensor, a tensor as it is. What numpy has under a mask is NaN.
+
+    Raises:
+        DataError: it is no array, or several.
+    """
+    if isinstance(x, Tensor):
+        return x
+    try:
+        # numpy would stack (x, y) into one array, and read a dataset's items as rows
+        if isinstance(x, Dataset) or (
+            isinstance(x, tuple) and any(hasattr(part, "shape") for part in x)
+        ):
+            raise TypeError("which of its parts is the data, it does not say")
+        if np.ma.is_masked(x):
+            x = x.astype(np.promote_types(x.dtype, np.float16)).filled(np.nan)
+        # torch warns of arrays that are read-only, as a data frame's are
+        return torch.as_tensor(np.require(x, requirements=["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"data of type {type(x).__name__} is no array of numbers: {error}"
+        ) from error
+
+
+def check_classes(labels: Tensor, num_classes: int | None = None, name: str = "y") -> None:
+    """Raise unless labels `(N,)` are classes, any number of them where none is given.
 
     Raises:
         DataError: a label is not one of `num_classes`; the message names it and its row.
     """
-    bad = (labels < 0) | (labels >= num_classes) | (labels != labels.floor())
+    number = math.inf if num_classes is None else num_classes
+    bad = (labels < 0) | (labels >= number) | (labels != labels.floor())
     if bad.any():
         row = int(bad.nonzero()[0])
+        classes, last = "classes", "on"
+        if num_classes is not None:
+            classes, last = f"labels of {num_classes} classes", f"to {num_classes - 1}"
         raise DataError(
-            f"labels of {num_classes} classes are the whole numbers from 0 to {num_classes - 1}, "
-            f"but y[{row}] = {labels[row].item():g}"
+            f"{classes} are the whole numbers from 0 {last}, "
+            f"but {name}[{row}] = {labels[row].item():g}"
         )
 
 
@@ -68,7 +98,7 @@ def hide_labels(labels: Tensor, keep: int | None, seed: int = 0) -> Tensor:
     if keep is not None and keep < 0:
         raise DataError(f"keep is a number of labels, 0 or more, got {keep}")
     known = labels != UNKNOWN
-    check_classes(labels.where(known, 0), 1 + max(0, int(labels.max())))
+    check_classes(labels.where(known, 0))
     if keep is None:
         return labels.long()
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,10 @@ from torch.distributions import Categorical
 
 from pyro_vae import programs
 from pyro_vae.checks import at_least
-from pyro_vae.errors import ShapeError
+from pyro_vae.data import Split, as_tensor, check_classes
+from pyro_vae.distributions import stated_mean
+from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.evidence.ground import prepare
 from pyro_vae.seeding import seeded
 from pyro_vae.typing import Program
 
@@ -45,10 +48,10 @@ class ActiveUnits:
 @torch.no_grad()
 def active_units(
     guide: Program,
-    x: Tensor,
+    x: Any,
     threshold: float = 0.01,
     *,
-    context: Tensor | None = None,
+    context: Any = None,
     num_samples: int = 32,
     batch_size: int = 1000,
     seed: int = 0,
@@ -63,22 +66,30 @@ def active_units(
 
     Args:
         guide: called with rows of `x`; every site has the rows as its leading batch dimension.
-        x: data, `(N, features)`, N > 1.
+        x: data, `(N, features)`, N > 1: a tensor, an array, or a `Split`, at the device and in the
+            precision of any parameter.
         threshold: 0.01 in the field.
-        context: `(N, ...)`, the guide's second argument where it takes one.
+        context: `(N, ...)`, the guide's second argument where it takes one and `x` brings none.
         num_samples: draws for each average, halved between the two.
         batch_size: rows at once.
         seed: of the draws.
 
     Raises:
-        ConfigError: `num_samples` is no whole number of at least 2, or `batch_size` of at least 1.
+        ConfigError: `num_samples` is no whole number of at least 2, or `batch_size` of at least 1;
+            the guide cannot be called or was never run; or there are two contexts.
+        DataError: `x` is no array of numbers, or empty.
         ShapeError: fewer than two data, not as many contexts, or a site that has no row for each.
     """
     at_least("num_samples", num_samples, 2)
     at_least("batch_size", batch_size, 1)
+    if not callable(guide):
+        raise ConfigError(f"the guide must be a Pyro program, a callable; got {guide!r}")
+    if context is not None and isinstance(x, Split) and x.context is not None:
+        raise ConfigError("x is a Split with a context of its own, so context= has no place")
+    x, others = prepare(guide, guide, x, () if context is None else (as_tensor(context),))
     if len(x) < 2:
         raise ShapeError(f"a covariance over the data needs at least two, got {len(x)}")
-    args = (x,) if context is None else (x, context)
+    args = (x, *others)
     if len(args[-1]) != len(x):
         raise ShapeError(f"{len(x)} data need as many contexts, got {len(args[-1])}")
     parts = zip(*(arg.split(batch_size) for arg in args), strict=True)
@@ -114,7 +125,9 @@ def _site_means(guide: Program, args: Sequence[Tensor]) -> dict[str, Tensor]:
     for name, site in nodes.items():
         if site["type"] != "sample" or site["is_observed"] or _is_class(site["fn"]):
             continue
-        mean = _mean(site)
+        draw: Any = site["value"]
+        stated = stated_mean(site["fn"])
+        mean: Tensor = draw if stated is None else stated
         if mean.dim() == 0 or len(mean) != number:
             shape = tuple(mean.shape)
             raise ShapeError(f'site "{name}" has shape {shape}: no row for each of {number} data')
@@ -129,22 +142,16 @@ def _is_class(distribution: Any) -> bool:
     return isinstance(distribution, Categorical)
 
 
-def _mean(site: Any) -> Tensor:
-    try:
-        return site["fn"].mean
-    except NotImplementedError:
-        return site["value"]
-
-
 def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
     """Share of the data whose cluster is matched to its class, under the best one-to-one matching
     of clusters with classes (Xie et al. 2016, eq. 10).
 
     Args:
-        clusters, labels: whole numbers from 0 on, `(N,)`.
+        clusters, labels: whole numbers from 0 on, `(N,)`; leave data of unknown class (-1) out.
 
     Raises:
         ShapeError: there are not as many clusters as labels, or none.
+        DataError: a cluster or label is no such number; the message names it and its row.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -152,6 +159,8 @@ def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
         raise ShapeError(
             f"clusters of shape {tuple(clusters.shape)} for labels of shape {tuple(labels.shape)}"
         )
+    check_classes(clusters, name="clusters")
+    check_classes(labels, name="labels")
     sizes = int(clusters.max()) + 1, int(labels.max()) + 1
     counts = torch.zeros(sizes, dtype=torch.long, device=labels.device)
     counts.index_put_((clusters.long(), labels.long()), torch.ones_like(labels.long()), True)

@@ -24,6 +24,14 @@ from pyro_vae.typing import Distribution
 EMPTY = torch.Size()
 
 
+def stated_mean(fn: Distribution) -> Tensor | None:
+    """The mean of a distribution; None where it has no closed form of it (a flow)."""
+    try:
+        return fn.mean
+    except NotImplementedError:
+        return None
+
+
 class ContinuousBernoulli(TorchDistribution):
     """Density proportional to exp(logit * x) on [0, 1] (Loaiza-Ganem & Cunningham 2019).
 

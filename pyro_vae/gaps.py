@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,20 +10,22 @@ import torch
 from pyro.distributions import MultivariateNormal, Normal
 from torch import Tensor
 
-from pyro_vae import programs
 from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, SiteError
-from pyro_vae.evidence.ground import prepare, undisturbed
+from pyro_vae.evidence.draws import Draws
+from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
+from pyro_vae.evidence.importance import Proposal, Sampler
 from pyro_vae.evidence.marginal import log_marginal
+from pyro_vae.evidence.pushforward import noise, push, streams
 from pyro_vae.evidence.target import Target
 from pyro_vae.hamiltonian import is_real
-from pyro_vae.programs import Site
-from pyro_vae.seeding import derive, seeded
+from pyro_vae.seeding import derive
 from pyro_vae.typing import Program
 
 Family = Literal["diagonal", "full_rank"]
 Array = np.ndarray
 DRAWS_AT_ONCE = 500
+MOMENTS, FIT, EVALUATION = 1, 2, 3  # keys of a row's streams
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def inference_gaps(
     num_particles: int = 32,
     num_samples: int = 5000,
     seed: int = 0,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Gaps:
     """The approximation and the amortization gap of every datum (Cremer et al. 2018, eqs. 4-5).
 
@@ -102,7 +104,9 @@ def inference_gaps(
         family: "diagonal" or "full_rank" (over the event of each site).
         num_steps, num_particles: of the fit.
         num_samples: draws of a datum for each of log p(x), L[q*] and L[q].
-        seed: of the draws.
+        seed: of the draws, which depend on it and on a datum's row alone.
+        chunk_bytes: budget for the intermediate results of one call of the model. Rows and draws
+            are divided to keep it, which changes no more than rounding.
 
     Raises:
         ConfigError: an option means nothing.
@@ -114,36 +118,45 @@ def inference_gaps(
     at_least("num_samples", num_samples, 2)
     at_least("num_steps", num_steps, 1)
     evidence = log_marginal(
-        model, guide, x, *args, num_samples=num_samples, method="auto", seed=seed, progress=False
-    )
+        model, guide, x, *args, num_samples=num_samples, method="auto", seed=seed,
+        chunk_bytes=chunk_bytes, progress=False,
+    )  # fmt: skip
     x, args = prepare(model, guide, x, args)
-    with undisturbed(model, guide), seeded(derive(seed, 1)):
+    with undisturbed(model, guide):
         target = Target(model, guide, x, args)
         if target.supports:
             raise SiteError(f"the guide does not draw the latent sites {sorted(target.supports)}")
-        local = _Local(target, family)
-        local.fit(num_steps, num_particles)
-        elbo, elbo_se = _mean(lambda k: _guide_weights(target, k), num_samples)
-        best, best_se = _mean(local.log_weights, num_samples)
-    return Gaps(evidence.log_px, evidence.se, evidence.flagged, best, best_se, elbo, elbo_se)
+        _check_real(target)
+        sampler = Sampler(target, num_samples, derive(seed, 1), chunk_bytes, Proposal(share=0.0))
+        # a gradient keeps about four times what one evaluation holds
+        pairs = chunk_bytes // (4 * target.bytes_per_pair)
+        step = max(1, min(pairs // num_particles, len(sampler.chunks()[0])))
+        parts = []
+        for start in range(0, target.size, step):
+            rows = range(start, min(start + step, target.size))
+            local = _Local(sampler, rows, family)
+            local.fit(num_steps, num_particles)
+            parts.append((*_mean(local.log_weights()), *_mean(sampler.weights(rows).log_w)))
+    bounds = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Gaps(evidence.log_px, evidence.se, evidence.flagged, *bounds)
 
 
 class _Local:
-    """A Normal for every datum and latent site, in the coordinates of the guide's moments."""
+    """A Normal for each of some rows and every latent site, in the coordinates of the guide's
+    moments. What it draws depends on the seed and the row alone."""
 
-    def __init__(self, target: Target, family: Family) -> None:
-        self.target, self.family = target, family
-        sites, draws = _guide_moments(target)
-        self.loc, self.scale, self.shift, self.log_scale, self.below = {}, {}, {}, {}, {}
-        for name, site in sites.items():
-            _check_real(name, site)
-            self.loc[name] = draws[name].mean(0)
-            self.scale[name] = draws[name].std(0)
-            self.shift[name] = torch.zeros_like(self.loc[name])
-            self.log_scale[name] = torch.zeros_like(self.loc[name])
-            if family == "full_rank" and len(site["fn"].event_shape) == 1:
-                size = self.loc[name].shape[-1]
-                self.below[name] = self.loc[name].new_zeros(*self.loc[name].shape, size)
+    def __init__(self, sampler: Sampler, rows: range, family: Family) -> None:
+        self.sampler, self.target, self.rows, self.family = sampler, sampler.target, rows, family
+        draws = _guide_draws(sampler, rows)
+        self.loc = {name: z.mean(0) for name, z in draws.items()}
+        self.scale = {name: z.std(0) for name, z in draws.items()}
+        self.shift = {name: torch.zeros_like(loc) for name, loc in self.loc.items()}
+        self.log_scale = {name: torch.zeros_like(loc) for name, loc in self.loc.items()}
+        self.below = {
+            name: loc.new_zeros(*loc.shape, loc.shape[-1])
+            for name, loc in self.loc.items()
+            if family == "full_rank" and self.target.event_dims[name] == 1
+        }
 
     def parameters(self) -> list[Tensor]:
         return [p for group in (self.shift, self.log_scale, self.below) for p in group.values()]
@@ -156,33 +169,33 @@ class _Local:
         assert log_scale is not None
         loc, scale = self.loc[name] + self.scale[name] * shift, self.scale[name] * log_scale.exp()
         if below is None:
-            return Normal(loc, scale).to_event(self._event_dim(name))
+            return Normal(loc, scale).to_event(self.target.event_dims[name])
         factor = scale.diag_embed() + self.scale[name].unsqueeze(-1) * below.tril(-1)
         return MultivariateNormal(loc, scale_tril=factor)
 
-    def _event_dim(self, name: str) -> int:
-        return self.target.event_dims[name]
-
-    def log_weights(self, num_draws: int, path: bool = False) -> Tensor:
-        """log p(x, z) - log q*(z), `(draws, rows)`; with `path`, its path derivative only."""
-        draws, log_q = {}, torch.zeros(())
-        for name in self.loc:
-            z = self.distribution(name, frozen=False).rsample((num_draws,))
-            draws[name] = z
+    def draw(self, num_draws: int, streams: list[torch.Generator], path: bool = False) -> Draws:
+        """Draws of q* with log q*(z); with `path`, the path derivative of it only."""
+        values, log_q = {}, torch.zeros(())
+        for name, loc in self.loc.items():
+            shape = torch.Size((num_draws, *loc.shape))
+            u = noise(shape, self.target.axis(name), streams, loc.dtype)
+            z, _ = push(self.distribution(name, frozen=False), u)
+            values[name] = z
             log_q = log_q + self.target.within(self.distribution(name, frozen=path).log_prob(z))
-        return _log_joint(self.target, draws, num_draws) - log_q.double()
+        return Draws(values, log_q, None)
 
     @torch.enable_grad()
     def fit(self, num_steps: int, num_particles: int) -> None:
         """Climb the ELBO of every datum; none of them feels the others."""
-        parameters = self.parameters()
+        parameters, fresh = self.parameters(), self._streams(FIT)
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=0.05, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
         for _ in range(num_steps):
-            loss = -self.log_weights(num_particles, path=True).mean(0).sum()
-            gradients = torch.autograd.grad(loss, parameters)
+            draws = self.draw(num_particles, fresh, path=True)
+            log_w = self.target.log_joint(self.rows, draws.values) - draws.log_q
+            gradients = torch.autograd.grad(-log_w.mean(0).sum(), parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -190,38 +203,40 @@ class _Local:
         for parameter in parameters:
             parameter.requires_grad_(False)
 
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q*(z) at the sampler's number of draws from q*, `(rows, draws)`."""
+        parts, fresh = [], self._streams(EVALUATION)
+        for start in range(0, self.sampler.num_samples, DRAWS_AT_ONCE):
+            number = min(DRAWS_AT_ONCE, self.sampler.num_samples - start)
+            draws = self.draw(number, fresh)
+            parts.append(self.sampler.log_joint(self.rows, draws) - draws.log_q)
+        return torch.cat(parts).T
 
-def _mean(log_weights: Any, num_samples: int) -> tuple[Array, Array]:
-    """Mean of the log weights of every datum, and its standard error."""
-    parts = -(-num_samples // DRAWS_AT_ONCE)
-    sizes = [len(part) for part in np.array_split(np.arange(num_samples), parts)]
-    log_w = torch.cat([log_weights(size) for size in sizes]).cpu()
-    return log_w.mean(0).numpy(), (log_w.std(0) / num_samples**0.5).numpy()
-
-
-def _guide_weights(target: Target, num_draws: int) -> Tensor:
-    """log p(x, z) - log q(z|x) at draws from the guide, `(draws, rows)`."""
-    sites = target.pair(range(target.size), num_draws).sites_at(target.guide, {})
-    log_q = sum(target.within(programs.log_prob(site)).double() for site in sites.values())
-    draws = {name: site["value"] for name, site in sites.items()}
-    return _log_joint(target, draws, num_draws) - log_q
+    def _streams(self, key: int) -> list[torch.Generator]:
+        seeds = self.target.seeds(self.rows, self.sampler.seed, key)
+        return streams(seeds, self.target.arguments[0].device)
 
 
-def _log_joint(target: Target, draws: Mapping[str, Tensor], num_draws: int) -> Tensor:
-    sites = target.pair(range(target.size), num_draws).sites_at(target.model, draws)
-    return torch.as_tensor(
-        sum(target.within(programs.log_prob(site)).double() for site in sites.values())
-    )
+def _mean(log_w: Tensor) -> tuple[Array, Array]:
+    """Mean of the log weights `(rows, draws)` of every datum, and its standard error."""
+    log_w = log_w.cpu()
+    return log_w.mean(1).numpy(), (log_w.std(1) / log_w.shape[1] ** 0.5).numpy()
 
 
-def _guide_moments(target: Target) -> tuple[dict[str, Site], dict[str, Tensor]]:
-    sites = target.pair(range(target.size), DRAWS_AT_ONCE).sites_at(target.guide, {})
-    return sites, {name: site["value"] for name, site in sites.items()}
+def _guide_draws(sampler: Sampler, rows: range) -> dict[str, Tensor]:
+    """Draws of every latent site from the guide, to take its moments from."""
+    target = sampler.target
+    seeds = target.seeds(rows, sampler.seed, MOMENTS)
+    ones = torch.ones(DRAWS_AT_ONCE, device=target.arguments[0].device)
+    return sampler.guide.draw(rows, DRAWS_AT_ONCE, seeds, ones, 1.0).values
 
 
-def _check_real(name: str, site: Site) -> None:
-    if not is_real(site["fn"]):
-        raise SiteError(
-            f'latent site "{name}" takes values in {site["fn"].support}, and the best Normal is of '
-            "real ones"
-        )
+def _check_real(target: Target) -> None:
+    with torch.random.fork_rng():
+        sites = target.pair(range(1), 1).sites_at(target.guide, {})
+    for name, site in sites.items():
+        if not is_real(site["fn"]):
+            raise SiteError(
+                f'latent site "{name}" takes values in {site["fn"].support}, and the best Normal '
+                "is of real ones"
+            )

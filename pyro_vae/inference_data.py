@@ -112,20 +112,6 @@ def _dims(groups: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, list[str]
     return dims
 
 
-def psis_khat(log_w: np.ndarray) -> np.ndarray:
-    """ArviZ's own Pareto k-hat of log weights `(N, K)`, whichever version is installed."""
-    import arviz
-
-    if _major(arviz) < 1:
-        _, khat = arviz.psislw(log_w, reff=1.0)
-        return np.atleast_1d(khat)
-    from arviz_stats.base import array_stats
-
-    # from 1.0 on, ArviZ takes log importance ratios with the other sign
-    _, khat = array_stats.psislw(-log_w, r_eff=1.0, axis=-1)
-    return np.atleast_1d(khat)
-
-
 def convergence(
     draws: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -8,8 +8,9 @@ their shape. Any other `nn.Module` with the same habit serves in their place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,9 @@ class MLP(Network):
         hidden: sizes of the hidden layers; none makes an affine map.
         activation: the module class between layers. The default, tanh, is that of Kingma & Welling
             2013 and Burda et al. 2015.
+
+    Raises:
+        ConfigError: `hidden` is no list, or a size is not a whole number of at least 1.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class MLP(Network):
         out_features: int,
         activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
-        sizes = check_sizes(in_features, *hidden, out_features)[:-1]
+        sizes = check_sizes(in_features, *listed("hidden", hidden), out_features)[:-1]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), activation()]
@@ -99,7 +103,7 @@ class GatedMLP(Network):
     """
 
     def __init__(self, in_features: int, hidden: Sequence[int], out_features: int) -> None:
-        sizes = check_sizes(in_features, *hidden, out_features)[:-1]
+        sizes = check_sizes(in_features, *listed("hidden", hidden), out_features)[:-1]
         gated = [GatedDense(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes)]
         last = nn.Linear(sizes[-1], out_features)
         super().__init__(in_features, out_features, nn.Sequential(*gated, last))
@@ -117,7 +121,7 @@ class ConvEncoder(Network):
     def __init__(
         self, image_shape: Sequence[int], channels: Sequence[int], out_features: int
     ) -> None:
-        shape = _with_channels(image_shape)
+        shape, channels = _with_channels(image_shape), listed("channels", channels)
         check_sizes(*shape, *channels, out_features)
         maps = [shape[0], *channels]
         layers: list[nn.Module] = [nn.Unflatten(-1, shape)]
@@ -141,7 +145,7 @@ class ConvDecoder(Network):
     def __init__(
         self, in_features: int, channels: Sequence[int], image_shape: Sequence[int]
     ) -> None:
-        shape = _with_channels(image_shape)
+        shape, channels = _with_channels(image_shape), listed("channels", channels)
         if not channels:
             raise ConfigError("ConvDecoder needs at least one number of channels, got none")
         check_sizes(in_features, *channels, *shape)
@@ -173,6 +177,17 @@ class ConvDecoder(Network):
         last.bias[: len(per_channel)].copy_(per_channel)
 
 
+def listed(name: str, sizes: Any) -> list[Any]:
+    """Several sizes as a list.
+
+    Raises:
+        ConfigError: they are not several.
+    """
+    if not isinstance(sizes, Iterable) or isinstance(sizes, str):
+        raise ConfigError(f"{name} must be a list of sizes, such as [200, 200], got {sizes!r}")
+    return list(sizes)
+
+
 def check_sizes(*sizes: int) -> list[int]:
     """The sizes as a list.
 
@@ -193,6 +208,7 @@ def concatenate(x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _with_channels(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    image_shape = listed("image_shape", image_shape)
     if len(image_shape) == 2:
         return (1, image_shape[0], image_shape[1])
     if len(image_shape) == 3:

@@ -18,6 +18,7 @@ from torch.distributions import Transform, constraints, register_kl
 from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.checks import at_least
+from pyro_vae.conditioning import condition, takes
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.networks import concatenate
 from pyro_vae.typing import Conditional, Distribution
@@ -148,7 +149,7 @@ class InverseAutoregressiveFlow(nn.Module):
     The `"stl"` and `"dreg"` gradients ask for it, as they evaluate q anew with its parameters
     stopped; and so does a `VampPrior` over this posterior, for every pseudo-input and datum: with
     50 of them and 100 data 0.7 s of a CPU core, where 500 diagonal Normals take 12 ms. There is no
-    analytic KL; use `ELBO(kl="monte_carlo")`.
+    analytic KL: the `ELBO` takes the Monte Carlo one.
 
     Args:
         network: maps `(..., features)` to `(..., 2 * latent + context_features)`: means,
@@ -221,10 +222,13 @@ class Incomplete(nn.Module):
     knows what is missing.
 
     Args:
-        posterior: maps x, and with `mask` a context, to q(z|x).
+        posterior: maps x, and a context if it takes one, to q(z|x).
         fill: what holes are filled with: a number, or one a feature such as the training means.
         mask: give the posterior the mask as context, one value a feature: 1 where observed, 0
             where not. Its network then takes twice as many inputs.
+
+    Raises:
+        ConfigError: a mask for a posterior that takes no context.
     """
 
     fill: Tensor
@@ -233,17 +237,26 @@ class Incomplete(nn.Module):
         self, posterior: Conditional, fill: float | Tensor = 0.0, *, mask: bool = False
     ) -> None:
         super().__init__()
+        if mask and not takes(posterior, 2):
+            raise ConfigError(
+                "mask=True gives the posterior a context, and this one takes none: write it as a "
+                "function of (x, context), or leave mask out"
+            )
         self.posterior = posterior
         self.register_buffer("fill", torch.as_tensor(fill, dtype=torch.get_default_dtype()))
         self.mask = mask
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Distribution:
-        """q(z|x_obs)."""
+        """q(z|x_obs).
+
+        Raises:
+            ConfigError: the posterior returned no distribution of Pyro's.
+        """
         missing = x.isnan()
         x = torch.where(missing, self.fill.to(x.dtype), x)
         if self.mask:
             context = concatenate((~missing).to(x.dtype), context)
-        return self.posterior(x) if context is None else self.posterior(x, context)
+        return condition(self.posterior, x, context=context)
 
 
 class AutoregressiveStep(Transform):

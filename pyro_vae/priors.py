@@ -18,7 +18,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 
-from pyro_vae.checks import at_least
+from pyro_vae.checks import at_least, nonnegative
 from pyro_vae.conditioning import condition
 from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import ConfigError, ShapeError
@@ -54,7 +54,7 @@ class GaussianMixture(nn.Module):
     """sum_c w_c N(m_c, diag(s_c^2)), fixed or learned.
 
     Its draws are not reparametrised: they are for generating, and training draws z from q. There is
-    no analytic KL to it; use `ELBO(kl="monte_carlo")`.
+    no analytic KL to it: the `ELBO` takes the Monte Carlo one.
 
     Args:
         loc: means of the components, `(components, latent)`; for a learned mixture a start, e.g.
@@ -64,7 +64,8 @@ class GaussianMixture(nn.Module):
         learned: whether means, scales and weights are parameters or stay as given.
 
     Raises:
-        ConfigError: a mean is not finite, or a scale or weight not finite and positive.
+        ConfigError: an argument is no array of numbers, a mean is not finite, or a scale or weight
+            not finite and positive.
         ShapeError: `loc` is not a matrix with a row and a column at least, there is not one weight
             a component, or `scale` does not broadcast to `loc`.
     """
@@ -81,11 +82,12 @@ class GaussianMixture(nn.Module):
         learned: bool = True,
     ) -> None:
         super().__init__()
+        loc = _floating("loc", loc)
         if loc.dim() != 2 or loc.numel() == 0:
             raise ShapeError(f"loc is (components, latent), got shape {tuple(loc.shape)}")
-        loc = _floating(loc)
-        scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device)
-        weights = loc.new_ones(len(loc)) if weights is None else weights.to(loc)
+        scale = _floating("scale", scale).to(loc)
+        weights = loc.new_ones(len(loc)) if weights is None else _floating("weights", weights)
+        weights = weights.to(loc)
         if weights.shape != loc.shape[:1]:
             raise ShapeError(f"{len(loc)} components, but weights of shape {tuple(weights.shape)}")
         try:
@@ -155,12 +157,13 @@ class VampPrior(nn.Module):
 
     The prior holds the very posterior that the guide uses, so training moves both together. With a
     context, the pseudo-inputs are encoded with each datum's own: `(N, K)` encodings. There is no
-    analytic KL; use `ELBO(kl="monte_carlo")`. One evaluation costs K encodings, whatever the batch,
-    and with a `DiagonalNormal` one matrix product for all K densities of all data. With other
-    posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow` each
-    needs the flow's inverse (see there). Batch normalisation in the encoder takes the pseudo-inputs
-    for a batch of their own, and counts it. Warm the KL up (the authors do, over 100 epochs): at
-    full weight from the start, prior and posterior may agree before they have seen anything.
+    analytic KL: the `ELBO` takes the Monte Carlo one. One evaluation costs K encodings, whatever
+    the batch, and with a `DiagonalNormal` one matrix product for all K densities of all data. With
+    other posteriors the densities are taken one by one, and with an `InverseAutoregressiveFlow`
+    each needs the flow's inverse (see there). Batch normalisation in the encoder takes the
+    pseudo-inputs for a batch of their own, and counts it. Warm the KL up (the authors do, over 100
+    epochs): at full weight from the start, prior and posterior may agree before they have seen
+    anything.
 
     Args:
         posterior: of the same VAE: a module, or any callable of `(x)` (or `(x, context)`).
@@ -190,11 +193,10 @@ class VampPrior(nn.Module):
     ) -> None:
         super().__init__()
         at_least("num_pseudo_inputs", num_pseudo_inputs, 1)
-        if not 0 <= noise < math.inf:
-            raise ConfigError(f"noise is finite and not negative, got {noise}")
+        nonnegative("noise", noise)
         if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
             raise ConfigError(f"bounds are finite numbers (low, high), got {bounds}")
-        start = _floating(start.detach())
+        start = _floating("start", start).detach()
         self.posterior = posterior
         self.bounds = bounds
         u = _pseudo_inputs(num_pseudo_inputs, start, noise, seed)
@@ -239,8 +241,18 @@ def _check_each(name: str, value: Tensor, good: Tensor, what: str) -> None:
         raise ConfigError(f"{name} must be {what}, got {value[~good][0].item():g}")
 
 
-def _floating(x: Tensor) -> Tensor:
-    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+def _floating(name: str, value: Any) -> Tensor:
+    """A tensor of real numbers, in the default precision what is none yet.
+
+    Raises:
+        ConfigError: the value is no array of numbers.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    try:
+        return torch.as_tensor(value, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} must be an array of numbers, got {value!r}") from error
 
 
 def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tensor:
@@ -262,7 +274,7 @@ class Flow(nn.Module):
 
     Takes any flow of zuko, e.g. `Flow(zuko.flows.NAF(latent))`. Training evaluates log p(z) at the
     guide's draws and generating inverts the map, so coupling flows, which do both in one pass, suit
-    best: `Flow.spline` makes one. There is no analytic KL; use `ELBO(kl="monte_carlo")`.
+    best: `Flow.spline` makes one. There is no analytic KL: the `ELBO` takes the Monte Carlo one.
 
     zuko and not Pyro's own transforms: one constructor makes any flow with or without a context,
     where Pyro has another class for each, and three spline couplings of 10 dimensions took 0.7

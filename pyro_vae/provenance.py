@@ -17,11 +17,12 @@ ROWS = 4096  # at a time, so that no whole array is copied into float64
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("pyro-vae", "pyro-ppl", "torch", "numpy", "lightning-fabric")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in packages}}
 
 
 @functools.cache  # it reads files
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The installed version of a package, or "not installed"."""
     try:
         return version(name)
     except PackageNotFoundError:

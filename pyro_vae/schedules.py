@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from pyro_vae.checks import at_least, nonnegative, positive
 from pyro_vae.errors import ConfigError
 
 Schedule: TypeAlias = Callable[[int], float]
@@ -64,10 +65,10 @@ class Cyclical:
 
     def __post_init__(self) -> None:
         _check(self.steps, self.start, self.end)
-        if not 0 < self.ramp <= 1:
-            raise ConfigError(f"ramp is a share in (0, 1], got {self.ramp}")
-        if self.cycles is not None and self.cycles < 1:
-            raise ConfigError(f"cycles must be at least 1, got {self.cycles}")
+        if positive("ramp", self.ramp) > 1:
+            raise ConfigError(f"ramp is a share in (0, 1], got {self.ramp!r}")
+        if self.cycles is not None:
+            at_least("cycles", self.cycles, 1)
 
     def __call__(self, step: int) -> float:
         """The weight at a step, counted from 0."""
@@ -77,9 +78,8 @@ class Cyclical:
         return self.start + (self.end - self.start) * min(share, 1.0)
 
 
-def _check(steps: int, *weights: float) -> None:
-    if not steps >= 1:  # nor of NaN
-        raise ConfigError(f"steps must be at least 1, got {steps}")
-    for weight in weights:
-        if not 0 <= weight < float("inf"):
-            raise ConfigError(f"a KL weight must be finite and not negative, got {weight}")
+def _check(steps: int, start: float, end: float) -> None:
+    if positive("steps", steps) < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps!r}")
+    nonnegative("start", start)
+    nonnegative("end", end)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
 
 import numpy as np
 import torch
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError
 
 LIMIT = 2**64  # of torch's generators
@@ -37,13 +37,14 @@ def derive(seed: int, *keys: int) -> int:
     Different keys, each a number from 0 to 2^32 - 1, give statistically independent streams
     (numpy's `SeedSequence`).
     """
-    _check(seed)
+    seed = _check(seed)
     # as the spawn key: within the entropy, keys that differ by trailing zeros would be the same
     words = np.random.SeedSequence(seed, spawn_key=keys).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1
 
 
 def _check(seed: int) -> int:
-    if not isinstance(seed, Integral) or not 0 <= seed < LIMIT:
-        raise ConfigError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed!r}")
-    return int(seed)
+    number = at_least("a seed", seed, 0)
+    if number >= LIMIT:
+        raise ConfigError(f"a seed must be below 2^64, got {seed!r}")
+    return number

@@ -270,6 +270,23 @@ def test_tied_weights_and_buffers_round_trip(tmp_path: Path) -> None:
     assert target.b.weight is target.a.weight
 
 
+def test_weights_are_saved_where_text_or_a_path_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = small_vae()
+    monkeypatch.chdir(tmp_path)
+    pv.save_weights(vae, "w.safetensors")
+    pv.save_weights(vae, tmp_path / "path.safetensors")
+    files = contents(tmp_path)
+    assert files["w.safetensors"] == files["path.safetensors"]
+    other = small_vae(seed=1)
+    assert not identical(weights(other), weights(vae))
+    pv.load_weights(other, "w.safetensors")
+    assert identical(weights(other), weights(vae))
+    with pytest.raises(RunPermissionError, match="cannot write nowhere/w"):
+        pv.save_weights(vae, "nowhere/w.safetensors")
+
+
 def test_a_file_without_weights(tmp_path: Path) -> None:
     save_tree(tmp_path / "t.safetensors", {"note": 1})
     before = contents(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyro_vae import Data, Split
-from pyro_vae.data import UNKNOWN, bernoulli_draw, hide_labels, one_hot
+from pyro_vae.data import UNKNOWN, as_tensor, bernoulli_draw, hide_labels, one_hot
 from pyro_vae.errors import DataError
 
 
@@ -147,3 +147,24 @@ def test_labels_that_are_hidden_already():
     for wrong, words in ((0.5, r"y\[1\] = 0\.5"), (-2.0, r"y\[1\] = -2")):
         with pytest.raises(DataError, match=words):
             hide_labels(torch.tensor([-1.0, wrong, 1.0]), None)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64, np.uint8, np.bool_])
+def test_what_numpy_masks_is_nan(dtype):
+    values, mask = np.array([[1, 0], [0, 1]], dtype), np.array([[True, False], [False, True]])
+    x = as_tensor(np.ma.masked_array(values, mask))
+    assert x.is_floating_point()
+    assert x.nan_to_num(nan=-1.0).tolist() == [[-1, 0], [0, -1]]
+    whole = as_tensor(np.ma.masked_array(values))
+    assert torch.equal(whole, torch.from_numpy(values))
+    assert as_tensor(x) is x
+
+
+def test_arrays_of_any_layout_will_do_and_other_things_will_not():
+    x = np.arange(6.0).reshape(2, 3)
+    x.flags.writeable = False
+    for array in (x, x[::-1, ::-1][::-1, ::-1], np.asfortranarray(x), x.tolist()):
+        assert torch.equal(as_tensor(array), torch.arange(6.0).reshape(2, 3))
+    for nothing in (None, "digits", ["a"], [[1.0, 2.0], [3.0]], (x, x), {"x": x}):
+        with pytest.raises(DataError, match=f"type {type(nothing).__name__} is no array of num"):
+            as_tensor(nothing)

@@ -274,7 +274,7 @@ def test_bad_csv_cells_are_placed(tmp_path: Path, text: str, says: list[str]) ->
         ({"x": TABLE}, {"fractions": (1.5, -0.6, 0.1)}, ConfigError, ["-0.6"]),
         ({"x": TABLE}, {"fractions": (1.0, 0, 0)}, ConfigError, ["test on"]),
         ({"x": TABLE[:2]}, {}, DataError, ["2 rows", "valid and test"]),
-        ({"x": TABLE}, {"scale": 0}, ConfigError, ["scale 0"]),
+        ({"x": TABLE}, {"scale": 0}, ConfigError, ["scale must be positive and finite, got 0"]),
         ({"x": TABLE}, {"seed": 2**32}, ConfigError, ["4294967296"]),
         ({"x": TABLE}, {"binarize": "never"}, UnknownNameError, ["'never'", "'dynamic'"]),
     ],
@@ -401,3 +401,13 @@ def test_a_lacking_array_is_listed(tmp_path: Path, read: Any) -> None:
     path = write(tmp_path / f"a.{read.__name__[-3:]}", x=TABLE, y=TABLE)
     with pytest.raises(CorruptFileError, match=r"expected an array 'z', found \['x', 'y'\]"):
         read(path, ["z"])
+
+
+@pytest.mark.parametrize("option", [{"split": "burda"}, {"folder": "x"}, {"mirror": "https://x"}])
+def test_load_refuses_what_means_nothing_for_a_file(option, tmp_path: Path) -> None:
+    ((name, value),) = option.items()
+    path = write(tmp_path / "a.npz", x=TABLE)
+    with pytest.raises(
+        ConfigError, match=f"{name}='{value}' means nothing for the file .*load_file"
+    ):
+        load(path, **option)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.errors import ConfigError, ShapeError
+from pyro_vae.errors import ConfigError, DataError, ShapeError, SiteError
 
 
 def linear_guide(weight, scale=1.0):
@@ -161,6 +161,41 @@ def test_contexts_reach_the_guide_and_classes_are_no_units():
         pv.active_units(guide, x, context=context[:3])
 
 
+def test_units_of_splits_and_arrays_in_the_precision_of_the_guide():
+    vae = pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.likelihoods.Normal(nn.Linear(5, 3), 1.0),
+        pv.posteriors.DiagonalNormal(pv.networks.MLP(6, [], 4)),
+    ).float()
+    x, context = torch.randn(40, 3), torch.randn(40, 3)
+    expected = vae.encode(x.float(), context.float()).mean.var(0).detach()
+    split = pv.Split(x, context=context)
+    found = [
+        pv.active_units(vae.guide, split),
+        pv.active_units(vae.guide, pv.Split(x), context=context),
+        pv.active_units(vae.guide, x.numpy(), context=context.numpy()),
+    ]
+    for units in found:
+        assert units.variance["z"].dtype == torch.float32
+        torch.testing.assert_close(units.variance["z"], expected)
+    drawn = pv.Split(torch.full((40, 3), 0.5), draw=pv.data.bernoulli_draw, seed=3)
+    weight = torch.eye(3)
+    variance = pv.active_units(linear_guide(weight), drawn).variance["z"]
+    torch.testing.assert_close(variance, drawn.fixed().x.var(0))
+    with pytest.raises(ConfigError, match="context= has no place"):
+        pv.active_units(vae.guide, split, context=context)
+    with pytest.raises(ConfigError, match=r"the guide must be a Pyro program.*got 3"):
+        pv.active_units(3, x)
+    with pytest.raises(DataError, match="Data of several splits"):
+        pv.active_units(vae.guide, pv.Data(split, None, split))
+
+
+def test_terms_without_means_have_no_units_to_count():
+    terms = pv.objectives.Terms(torch.zeros(()), torch.zeros(()), torch.zeros(()))
+    with pytest.raises(SiteError, match="no mean of any latent site"):
+        terms.active_units()
+
+
 def test_what_has_no_covariance_is_refused():
     weight = torch.eye(2)
     with pytest.raises(ShapeError, match="at least two"):
@@ -181,3 +216,15 @@ def test_clustering_accuracy_is_the_best_matching():
     assert pv.clustering_accuracy(clusters, labels) == best / 8 == 6 / 8
     with pytest.raises(ShapeError, match="clusters of shape"):
         pv.clustering_accuracy(clusters, labels[:3])
+
+
+def test_clustering_accuracy_scores_no_unknown_class():
+    clusters, labels = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 2])
+    assert pv.clustering_accuracy(clusters.double(), labels.int()) == 1
+    with pytest.raises(DataError, match=r"whole numbers from 0 on, but labels\[2\] = -1"):
+        pv.clustering_accuracy(clusters, torch.tensor([0, 1, -1, 2]))
+    for wrong in (0.5, -1.0, float("nan"), float("inf")):
+        bad = clusters.double()
+        bad[3] = wrong
+        with pytest.raises(DataError, match=rf"but clusters\[3\] = {wrong:g}"):
+            pv.clustering_accuracy(bad, labels)

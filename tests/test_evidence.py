@@ -28,7 +28,7 @@ from pyro_vae.errors import (
     SupportError,
     UnknownNameError,
 )
-from pyro_vae.evidence import Settings, draws
+from pyro_vae.evidence import Annealing, draws
 from pyro_vae.evidence.importance import Proposal
 
 
@@ -470,7 +470,7 @@ def test_data_that_are_no_data_are_named(pair: Linear) -> None:
     with pytest.raises(DataError, match=r"x is a Data of several splits"):
         pv.log_marginal(pair.model, pair.guide, pv.Data(split, None, split))
     for nothing in (None, ["a", "b"], [[1.0, 2.0], [3.0]], torch.utils.data.DataLoader(x)):
-        with pytest.raises(DataError, match="x must be an array of numbers"):
+        with pytest.raises(DataError, match="is no array of numbers"):
             pv.log_marginal(pair.model, pair.guide, nothing)
     with pytest.raises(ConfigError, match="the guide must be a Pyro program"):
         pv.log_marginal(pair.model, None, x)
@@ -659,7 +659,7 @@ def test_tf32_is_audited(pair: Linear, method: str) -> None:
             pyro.factor("error", torch.full(x.shape[:1], error))
 
     x = pair.draw(40)
-    options = {"num_samples": 500, "method": method, "annealing": Settings(4, 5, 2)}
+    options = {"num_samples": 500, "method": method, "annealing": Annealing(4, 5, 2)}
     full = pv.log_marginal(model, pair.guide, x, **options)
     rounded = pv.log_marginal(model, pair.guide, x, **options, tf32=True)
     audit = rounded.provenance["tf32_audit"]

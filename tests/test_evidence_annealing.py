@@ -15,7 +15,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae.errors import ConfigError, SiteError
 from pyro_vae.evidence import ais, importance, methods
-from pyro_vae.evidence.ais import Settings, Space, State
+from pyro_vae.evidence.ais import Annealing, Space, State
 from pyro_vae.evidence.annealing import Annealer
 from pyro_vae.evidence.ground import undisturbed
 from pyro_vae.evidence.pushforward import pull, push
@@ -24,7 +24,7 @@ from pyro_vae.evidence.target import Target
 ROWS = 400
 
 
-def relative_weights(pair: Linear, start: str, settings: Settings) -> Tensor:
+def relative_weights(pair: Linear, start: str, settings: Annealing) -> Tensor:
     """w / p(x) of all chains of all data, whose mean is 1."""
     x = pair.draw(ROWS)
     with undisturbed(pair.model, pair.guide):
@@ -42,7 +42,7 @@ def z_of_one(weights: Tensor) -> float:
 @pytest.mark.parametrize("start", ["guide", "prior"])
 def test_weights_have_the_mean_p_of_x(start: str) -> None:
     pair = Linear.random(features=4, latent=2, shift=0.7, shrink=0.7)
-    weights = relative_weights(pair, start, Settings(chains=8, temperatures=15, leapfrogs=3))
+    weights = relative_weights(pair, start, Annealing(chains=8, temperatures=15, leapfrogs=3))
     assert abs(z_of_one(weights)) < 3.5  # 1 in 2000
     assert weights.std() < 1
 
@@ -58,7 +58,7 @@ def test_an_increment_after_the_transition_is_found_out(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(ais, "anneal", late)
     pair = Linear.random(features=4, latent=2, shift=0.7, shrink=0.7)
-    weights = relative_weights(pair, "prior", Settings(chains=8, temperatures=15, leapfrogs=3))
+    weights = relative_weights(pair, "prior", Annealing(chains=8, temperatures=15, leapfrogs=3))
     assert abs(z_of_one(weights)) > 6
 
 
@@ -74,7 +74,7 @@ def test_a_last_kick_and_a_half_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
     right = ais.leapfrog
     monkeypatch.setattr(ais, "leapfrog", kicks_too_far)
     pair = Linear.random(features=4, latent=2, shift=0.7, shrink=0.7)
-    weights = relative_weights(pair, "prior", Settings(chains=8, temperatures=15, leapfrogs=3))
+    weights = relative_weights(pair, "prior", Annealing(chains=8, temperatures=15, leapfrogs=3))
     assert abs(z_of_one(weights)) > 4
 
 
@@ -165,7 +165,7 @@ def test_annealing_reaches_where_the_guide_does_not() -> None:
 
     x = torch.full((60,), 1.5)
     exact = pv.log_marginal(model, guide, x[:1], method="grid").mean
-    options = {"annealing": Settings(chains=32, temperatures=40, leapfrogs=4)}
+    options = {"annealing": Annealing(chains=32, temperatures=40, leapfrogs=4)}
     prior = pv.log_marginal(model, guide, x, method="ais", start="prior", **options)
     z = (prior.log_px - exact) / prior.se
     assert abs(z.mean()) < 4 / math.sqrt(60)
@@ -177,7 +177,7 @@ def test_annealing_reaches_where_the_guide_does_not() -> None:
 def test_annealing_takes_gradients_within_inference_mode() -> None:
     """A random walk without gradients would not get from the guide to the posterior."""
     pair = Linear.random(5, 3, shift=5.0, shrink=0.5)
-    settings = Settings(chains=4, temperatures=20, leapfrogs=3)
+    settings = Annealing(chains=4, temperatures=20, leapfrogs=3)
     expected = pv.log_marginal(
         pair.model, pair.guide, pair.draw(3), method="ais", annealing=settings
     )
@@ -233,7 +233,7 @@ class Mixture:
 def test_annealing_from_a_prior_that_is_a_mixture(separate: bool) -> None:
     pair = Mixture(separate)
     x = pair.draw(100)
-    options = {"start": "prior", "annealing": Settings(chains=8, temperatures=20, leapfrogs=3)}
+    options = {"start": "prior", "annealing": Annealing(chains=8, temperatures=20, leapfrogs=3)}
     found = pv.log_marginal(pair.model, pair.guide, x, method="ais", **options)
     weights = torch.as_tensor(found.log_px - pair.log_px(x).numpy()).exp()
     assert abs(z_of_one(weights)) < 3.5  # 1 in 2000
@@ -257,7 +257,7 @@ def test_annealing_from_the_vampprior_and_a_mixture_of_gaussians() -> None:
         x = (torch.rand(20, 12) < 0.5).double()
         exact = pv.log_marginal(vae.model, vae.guide, x, method="grid")
         found = pv.log_marginal(vae.model, vae.guide, x, method="ais", start="prior",
-                                annealing=Settings(8, 12, 3))  # fmt: skip
+                                annealing=Annealing(8, 12, 3))  # fmt: skip
         assert abs(z_of_one(torch.as_tensor(found.log_px - exact.log_px).exp())) < 3.5
 
 
@@ -284,7 +284,7 @@ def test_annealing_from_priors_with_bounds() -> None:
     mean = a + 2 * b + 3 * c[:, 0] - c[:, 2]
     exact = dist.Normal(mean, 0.5).log_prob(x[0]).logsumexp(0) - math.log(draws)
     found = pv.log_marginal(
-        model, guide, x, method="ais", start="prior", annealing=Settings(8, 15, 3)
+        model, guide, x, method="ais", start="prior", annealing=Annealing(8, 15, 3)
     )
     weights = torch.as_tensor(found.log_px).sub(exact).exp()
     assert abs(z_of_one(weights)) < 3.5  # the integral's own error is a tenth of this one's
@@ -310,7 +310,7 @@ def test_auto_escalates_the_data_that_need_it() -> None:
 
     x = pair.draw(40)
     right, narrow, astray = ((group(x) == g).numpy() for g in range(3))
-    options = {"num_samples": 1000, "annealing": Settings(16, 40, 4)}
+    options = {"num_samples": 1000, "annealing": Annealing(16, 40, 4)}
     found = pv.log_marginal(pair.model, guide, x, method="auto", **options)
     assert set(found.method[right]) == {"is"}
     assert set(found.method[narrow]) <= {"is x2", "is x3"}
@@ -371,7 +371,7 @@ def test_every_stage_and_every_pilot_has_draws_of_its_own(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(methods, "Sampler", Spy)
     pair = Linear.random(features=6, latent=6, shift=4.0, shrink=0.4)
-    settings = Settings(4, 5, 2)
+    settings = Annealing(4, 5, 2)
     pv.log_marginal(
         pair.model, pair.guide, pair.draw(3), method="auto", num_samples=1000, annealing=settings
     )
@@ -404,10 +404,10 @@ def test_what_cannot_be_annealed() -> None:
         pv.log_marginal(model, guide, torch.randn(3), method="ais", start="prior")
     for counts in ({"chains": 1}, {"chains": 2.5}, {"temperatures": "a"}, {"leapfrogs": 0}):
         with pytest.raises(ConfigError, match="at least 2 chains"):
-            Settings(**counts)
+            Annealing(**counts)
     for shares in ({"acceptance": 1.0}, {"acceptance": math.nan}, {"inflation": 0.0}):
         with pytest.raises(ConfigError, match="tuned to an acceptance"):
-            Settings(**shares)
+            Annealing(**shares)
     pair = Linear.random(5, 2)
     with pytest.raises(ConfigError, match="start"):
         pv.log_marginal(pair.model, pair.guide, pair.draw(2), method="ais", start="nowhere")

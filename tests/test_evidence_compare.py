@@ -13,7 +13,7 @@ from evidence_pairs import Binary, Linear, all_images
 
 import pyro_vae as pv
 from pyro_vae.errors import ConfigError, DataError
-from pyro_vae.evidence import Settings
+from pyro_vae.evidence import Annealing
 from pyro_vae.evidence.posterior import posterior_draws
 from pyro_vae.inference_data import to_arviz
 
@@ -82,7 +82,7 @@ def test_auto_is_compared_with_auto_whatever_it_took() -> None:
     """What was asked for is the same; what was done about it is told."""
     pair = Linear.random(5, 3, shift=0.2)
     bad = Linear(pair.W, pair.b, pair.sigma, shift=6.0, shrink=0.2)
-    x, options = pair.draw(6), {"method": "auto", "annealing": Settings(4, 5, 2)}
+    x, options = pair.draw(6), {"method": "auto", "annealing": Annealing(4, 5, 2)}
     good, poor = evaluate(pair, x, **options), evaluate(bad, x, **options)
     assert set(good.method) == {"is"}
     assert set(poor.method) == {"ais"}
@@ -90,7 +90,7 @@ def test_auto_is_compared_with_auto_whatever_it_took() -> None:
     assert str(ranked).splitlines()[-1].endswith("good: is; poor: ais")
     assert ranked.differences[0].se_mc == 0, "the best differs from itself by nothing"
     assert len(str(pv.compare({"good": good, "again": good})).splitlines()) == 3
-    for other in ({"num_samples": 400}, {"annealing": Settings(4, 6, 2)}, {"method": "is"}):
+    for other in ({"num_samples": 400}, {"annealing": Annealing(4, 6, 2)}, {"method": "is"}):
         with pytest.raises(ConfigError, match=f"have {next(iter(other))} "):
             good.compare(evaluate(pair, x, **{**options, **other}))
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae import programs
 from pyro_vae.errors import ConfigError, NonFiniteError, ShapeError, SiteError
-from pyro_vae.evidence import Settings
+from pyro_vae.evidence import Annealing
 from pyro_vae.evidence.ground import undisturbed
 from pyro_vae.evidence.target import Target
 
-SHORT = Settings(chains=4, temperatures=5, leapfrogs=2)
+SHORT = Annealing(chains=4, temperatures=5, leapfrogs=2)
 
 
 def model(x: Tensor) -> None:
@@ -81,7 +81,7 @@ def test_an_argument_shared_by_all_rows_stays_so_when_some_are_escalated() -> No
     x = torch.cat([torch.randn(9, 3).clamp_max(0.9), 1.5 + torch.rand(4, 3)])
     found = pv.log_marginal(
         shifted, astray, x, torch.full((4,), 0.25), method="auto", num_samples=1000,
-        annealing=Settings(16, 60, 3), chunk_bytes=30_000,
+        annealing=Annealing(16, 60, 3), chunk_bytes=30_000,
     )  # fmt: skip
     assert (found.method == "ais").tolist() == [False] * 9 + [True] * 4
     assert is_right(found, exact(x - 1).sum(1))
@@ -128,7 +128,7 @@ def test_data_of_whole_numbers(method: str) -> None:
     expected = [math.log(scipy.integrate.quad(density, -9, 9, (n,))[0]) for n in x.tolist()]
     found = pv.log_marginal(
         counts, narrow, x.repeat(50), method=method, num_samples=400,
-        annealing=Settings(16, 10, 3), defensive=0.3,
+        annealing=Annealing(16, 10, 3), defensive=0.3,
     )  # fmt: skip
     error = (found.log_px_jackknife - np.tile(expected, 50)).reshape(50, 4)
     if method == "grid":
@@ -151,7 +151,7 @@ def test_draws_that_the_prior_cannot_make_weigh_nothing(method: str) -> None:
     """A Normal guide of a Gamma: below zero its density is NaN, and so is that of x."""
     x = torch.tensor([-0.5, 0.3, 2.0]).repeat(40)
     found = pv.log_marginal(
-        positive, guide, x, method=method, num_samples=500, annealing=Settings(8, 20, 3)
+        positive, guide, x, method=method, num_samples=500, annealing=Annealing(8, 20, 3)
     )
 
     def density(z: float, x: float) -> float:

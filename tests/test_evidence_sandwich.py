@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.errors import ConfigError, SiteError, UnknownNameError
-from pyro_vae.evidence.ais import Settings
+from pyro_vae.evidence.ais import Annealing
 from pyro_vae.evidence.bounds import simulate
 from pyro_vae.evidence.ground import undisturbed
 from pyro_vae.seeding import derive
@@ -23,7 +23,7 @@ def test_bounds_hold_the_closed_form(method: str, start: str) -> None:
     x = torch.zeros(300, 5)
     found = pv.sandwich(
         pair.model, pair.guide, x, method=method, start=start, num_samples=30,
-        annealing=Settings(chains=4, temperatures=10, leapfrogs=3), seed=4,
+        annealing=Annealing(chains=4, temperatures=10, leapfrogs=3), seed=4,
     )  # fmt: skip
     with undisturbed(pair.model):
         simulated, _ = simulate(pair.model, pair.guide, x, (), derive(4, 0))

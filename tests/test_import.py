@@ -1,6 +1,7 @@
 """The public face: light to import, true in its `__all__`, documented throughout."""
 
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 import subprocess
@@ -10,6 +11,7 @@ import types
 import pytest
 
 import pyro_vae
+from pyro_vae.errors import ConfigError
 
 HEAVY = ("arviz", "lightning", "matplotlib", "pandas", "scipy", "sklearn", "tensorboard", "xarray")
 MODULES = sorted(
@@ -32,6 +34,26 @@ def loaded_after(statement: str) -> set[str]:
 def test_import_is_light():
     extra = loaded_after("import pyro_vae") - loaded_after("import pyro, pyro.infer")
     assert not {name for name in extra if name.startswith(HEAVY)}
+
+
+@pytest.mark.parametrize(
+    ("use", "what"),
+    [
+        ("evidence.Annealing(chains=4).chains", "4"),
+        ("inference_data.to_arviz.__name__", "to_arviz"),
+        ("imputation.impute.__name__", "impute"),
+        ("__version__", importlib.metadata.version("pyro-vae")),
+    ],
+)
+def test_what_messages_name_is_there_on_a_fresh_import(use, what):
+    code = f"import pyro_vae as pv; print(pv.{use})"
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == what
+
+
+def test_annealing_is_asked_for_by_its_public_name():
+    with pytest.raises(ConfigError, match=r"takes pyro_vae\.evidence\.Annealing"):
+        pyro_vae.log_marginal(int, int, [[0.0]], method="ais", annealing=5)
 
 
 def test_importing_leaves_pyro_and_torch_as_they_were():

@@ -345,7 +345,7 @@ def test_errors_name_what_is_wrong():
     p = Linear.random(4, 2)
     x = with_holes(p.draw(6))
     for error, match, data, options in [
-        (UnknownNameError, '"metropolis", "importance", "gibbs"', x, {"method": "mice"}),
+        (UnknownNameError, "'metropolis', 'importance', 'gibbs'", x, {"method": "mice"}),
         (ConfigError, "num_imputations .* at least 1, got 0", x, {"num_imputations": 0}),
         (ConfigError, "num_imputations .* at least 1, got 2.5", x, {"num_imputations": 2.5}),
         (ConfigError, "num_samples .* at least 1, got '3'", x, {"num_samples": "3"}),

@@ -1,6 +1,7 @@
 """Holes in the data: they have no part in log p(x), in gradients or in training."""
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from evidence_pairs import Linear
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import likelihoods, networks, posteriors
-from pyro_vae.errors import DataError, NonFiniteError, SiteError, SupportError
+from pyro_vae.errors import ConfigError, DataError, NonFiniteError, SiteError, SupportError
 
 NAN = float("nan")
 
@@ -141,6 +142,14 @@ def test_fit_trains_on_holes_from_nan_or_a_mask():
     assert exact - 0.35 < found.mean < exact + 0.1  # trained on holes, judged on whole data
 
 
+def test_fit_takes_numpys_masked_values_for_holes():
+    x = with_holes(mixed_table())
+    masked = np.ma.masked_array(x.nan_to_num(nan=-999.0).numpy(), x.isnan().numpy())
+    runs = [pv.fit(mixed_vae(), data, epochs=2, batch_size=20, progress=False)
+            for data in (x, masked)]  # fmt: skip
+    assert runs[0].metrics[-1]["train_loss"] == runs[1].metrics[-1]["train_loss"]
+
+
 def test_a_loader_yields_holes_and_a_compiled_step_takes_them():
     x = with_holes(mixed_table(64))
     loader = DataLoader(TensorDataset(x), batch_size=32)
@@ -161,12 +170,51 @@ def test_the_mask_reaches_the_posterior_beside_the_context():
 
     def posterior(x, context):
         seen.update(x=x, context=context)
-        return torch.distributions.Normal(x[..., :1], 1.0)
+        return dist.Normal(x[..., :1], 1.0)
 
     x, context = torch.tensor([[1.0, NAN], [NAN, 4.0]]), torch.tensor([[7.0], [8.0]])
     posteriors.Incomplete(posterior, torch.tensor([-1.0, -2.0]), mask=True)(x, context)
     assert seen["x"].tolist() == [[1.0, -2.0], [-1.0, 4.0]]
     assert seen["context"].tolist() == [[1.0, 0.0, 7.0], [0.0, 1.0, 8.0]]
+
+
+def test_parts_that_take_no_context_are_called_without():
+    x = with_holes(mixed_table()[:, :2])
+    context = torch.randn(len(x), 3)
+    prior, decoder = pv.priors.StandardNormal(2), networks.MLP(5, [], 2)
+    told = likelihoods.Normal(decoder, 1.0)
+
+    def likelihood(z):
+        return dist.Normal(2 * z, 1.0).to_event(1)
+
+    def posterior(x):
+        return dist.Normal(x, 1.0).to_event(1)
+
+    vae = pv.VAE(prior, likelihoods.Incomplete(likelihood), posteriors.Incomplete(posterior))
+    assert torch.equal(vae.encode(x, context).mean, x.nan_to_num())
+    z = torch.randn(len(x), 2)
+    oracle = np.nansum(stats.norm(2 * z.numpy(), 1).logpdf(x), 1)
+    np.testing.assert_allclose(vae.decode(z, context).log_prob(x), oracle, rtol=1e-12)
+    vae.likelihood.initialize(x.nanmean(0))  # a function has no bias to set
+
+    vae = pv.VAE(prior, likelihoods.Incomplete(told), posteriors.Incomplete(posterior))
+    mean = decoder(torch.cat([z, context], -1))
+    torch.testing.assert_close(vae.decode(z, context).mean, mean)
+    assert pv.fit(
+        vae, pv.Split(x, context=context), epochs=1, batch_size=20, progress=False
+    ).metrics
+
+
+def test_a_mask_that_would_not_be_seen_is_refused():
+    with pytest.raises(ConfigError, match="mask=True gives the posterior a context"):
+        posteriors.Incomplete(lambda x: dist.Normal(x, 1.0).to_event(1), mask=True)
+
+
+def test_parts_that_return_no_distribution_are_named():
+    with pytest.raises(ConfigError, match="returned a builtins"):
+        likelihoods.Incomplete(lambda z: 1)(torch.zeros(3, 2))
+    with pytest.raises(ConfigError, match="returned a builtins"):
+        posteriors.Incomplete(lambda x: 1)(torch.zeros(3, 2))
 
 
 def test_output_bias_starts_at_the_mean_of_what_is_observed():
@@ -225,7 +273,7 @@ def test_dynamic_binarisation_would_make_numbers_of_holes():
 
 def test_dependent_values_cannot_be_left_out():
     def likelihood(z):
-        return torch.distributions.MultivariateNormal(z, torch.eye(2))
+        return dist.MultivariateNormal(z, torch.eye(2))
 
     with pytest.raises(SiteError, match="MultivariateNormal are not independent"):
         likelihoods.Incomplete(likelihood)(torch.zeros(3, 2))

@@ -146,6 +146,41 @@ def test_gaps_of_an_exact_guide_are_nil():
     np.testing.assert_allclose(gaps.amortization, 0, atol=0.01)
 
 
+@pytest.mark.parametrize("family", ["diagonal", "full_rank"])
+def test_gaps_do_not_depend_on_how_rows_and_draws_are_divided(linear, family):
+    x, options = linear.draw(5), {"family": family, "num_steps": 20, "num_samples": 700, "seed": 4}
+    whole = pv.inference_gaps(linear.model, linear.guide, x, **options)
+    parts = pv.inference_gaps(linear.model, linear.guide, x, chunk_bytes=40_000, **options)
+    for name in ("log_px", "local", "local_se", "elbo", "elbo_se"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-6)
+    other = pv.inference_gaps(linear.model, linear.guide, x, **{**options, "seed": 5})
+    assert (other.local != whole.local).all()
+    assert (other.elbo != whole.elbo).all()
+
+
+def test_gaps_keep_their_budget_of_memory(linear, monkeypatch):
+    x, sizes = linear.draw(6), []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            mean = z @ linear.W.T + linear.b
+            sizes.append(mean.numel() * mean.element_size())
+            pyro.sample("x", dist.Normal(mean, linear.sigma).to_event(1), obs=x)
+
+    def then_forget(*args, **options):
+        evidence = pv.log_marginal(*args, **options)
+        sizes.clear()
+        return evidence
+
+    monkeypatch.setattr("pyro_vae.gaps.log_marginal", then_forget)
+    largest = []
+    for budget in (10_000_000, 20_000):
+        pv.inference_gaps(model, linear.guide, x, num_steps=3, num_samples=600, chunk_bytes=budget)
+        largest.append(max(sizes))
+    assert largest[1] <= 20_000 < largest[0]
+
+
 def test_gaps_refuse_what_they_cannot_fit(linear):
     x = linear.draw(3)
     with pytest.raises(ConfigError, match="family"):

@@ -173,7 +173,7 @@ def test_an_odd_number_of_outputs_makes_no_diagonal_normal():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "a"])
 def test_seeds_are_whole_numbers(seed):
-    with pytest.raises(ConfigError, match="a seed is"), seeded(seed):
+    with pytest.raises(ConfigError, match="a seed must be"), seeded(seed):
         pass
-    with pytest.raises(ConfigError, match="a seed is"):
+    with pytest.raises(ConfigError, match="a seed must be"):
         derive(seed, 1)

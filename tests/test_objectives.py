@@ -295,7 +295,7 @@ def test_one_sided_scale_or_mask_has_no_analytic_kl(wrap):
         else poutine.mask(model, mask=torch.tensor([True, False, True, True]))
     )
     with pytest.raises(AnalyticKLError, match='"z": model and guide carry different'):
-        ELBO().loss(wrapped, guide, x)
+        ELBO(kl="analytic").loss(wrapped, guide, x)
     loss = seeded_loss(ELBO(kl="auto"), wrapped, guide, x)
     assert loss == pytest.approx(seeded_loss(Trace_ELBO(), wrapped, guide, x))
     assert ELBO(kl="auto").terms(wrapped, guide, x).estimators == {"z": "monte_carlo"}
@@ -309,7 +309,7 @@ def test_a_number_and_a_tensor_may_be_the_same_scale():
     plain = seeded_loss(ELBO(), model, guide, x)
     assert seeded_loss(ELBO(), *scaled, x) == pytest.approx(0.5 * plain)
     with pytest.raises(AnalyticKLError, match="different scales"):
-        ELBO().loss(scaled[0], poutine.scale(guide, scale=0.6), x)
+        ELBO(kl="analytic").loss(scaled[0], poutine.scale(guide, scale=0.6), x)
 
 
 def test_undeclared_batch_dimensions_are_refused():
@@ -535,9 +535,23 @@ def test_unregistered_kl():
 
     x = torch.tensor([0.3, -0.2])
     with pytest.raises(AnalyticKLError, match=r"\(Normal, MixtureSameFamily\)"):
-        ELBO().loss(model, guide, x)
-    loss = seeded_loss(ELBO(kl="auto"), model, guide, x)
+        ELBO(kl="analytic").loss(model, guide, x)
+    loss = seeded_loss(ELBO(), model, guide, x)
     assert loss == pytest.approx(seeded_loss(Trace_ELBO(), model, guide, x))
+
+
+def test_by_default_each_site_gets_what_it_has():
+    x = linear_data()
+    model = LinearModel()
+    guide = AutoNormal(model)
+    guide(x)
+    loss = seeded_loss(ELBO(), model, guide, x)
+    assert loss == pytest.approx(seeded_loss(Trace_ELBO(), model, guide, x))
+    assert ELBO().terms(model, guide, x).estimators == {"z": "monte_carlo"}
+    pair = linear_pair()
+    terms = ELBO().terms(*pair, x)
+    assert terms.estimators == {"z": "analytic"}
+    assert terms.kl == ELBO(kl="analytic").terms(*pair, x).kl  # of no draw
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,8 @@ def test_training_curves_refuse_what_they_cannot_draw(tmp_path):
         plots.training_curves({name: [] for name in metrics(1)[0]})
 
 
-def test_active_units_are_sorted_counted_and_named():
-    figure = plots.active_units([0.5, 0.001, 2.0, 0.02])
+def test_kl_per_dimension_is_sorted_counted_and_named():
+    figure = plots.kl_per_dimension([0.5, 0.001, 2.0, 0.02])
     (axes,) = figure.axes
     assert [bar.get_height() for bar in axes.patches] == [2.0, 0.5, 0.02, 0.001]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["2", "0", "3", "1"]
@@ -191,13 +191,15 @@ def test_active_units_are_sorted_counted_and_named():
     assert colours[0] == colours[1] == colours[2] != colours[3]
     assert axes.get_title("left") == "3 of 4 dimensions above 0.01 nats"
     assert "nats" in axes.get_ylabel()
-    assert plots.active_units([0.5, 2.0], threshold=1).axes[0].get_title("left").startswith("1 of")
+    assert (
+        plots.kl_per_dimension([0.5, 2.0], threshold=1).axes[0].get_title("left").startswith("1 of")
+    )
 
 
 @pytest.mark.parametrize("kl", [[], [[1.0]], [1.0, math.nan]])
-def test_active_units_refuse_other_than_a_finite_vector(kl):
+def test_kl_per_dimension_refuses_other_than_a_finite_vector(kl):
     with pytest.raises(DataError, match="KL per dimension"):
-        plots.active_units(kl)
+        plots.kl_per_dimension(kl)
 
 
 # tiles
@@ -378,7 +380,7 @@ def test_manifold_needs_two_dimensions():
     lambda vae: plots.reconstructions(vae, binary(3), SHAPE, num=0),
 ])  # fmt: skip
 def test_numbers_of_pictures_are_positive(draw):
-    with pytest.raises(ConfigError, match="num must be positive, got 0"):
+    with pytest.raises(ConfigError, match="num must be a whole number of at least 1, got 0"):
         draw(make_vae())
 
 
@@ -594,7 +596,7 @@ def test_class_grid_has_a_row_a_class_and_a_column_a_noise(make):
         np.testing.assert_allclose(shown[4 * y : 4 * y + 4].reshape(4, -1), expected, rtol=1e-6)
     assert figure.axes[0].get_ylabel() == "Class"
     assert plots.class_grid(vae, 3, SHAPE, name="cluster").axes[0].get_ylabel() == "Cluster"
-    with pytest.raises(ConfigError, match="num must be positive"):
+    with pytest.raises(ConfigError, match="num must be a whole number"):
         plots.class_grid(vae, 3, SHAPE, num=0)
     with pytest.raises((DataError, ShapeError), match="3 classes"):
         plots.class_grid(vae, 4, SHAPE)
@@ -623,7 +625,7 @@ def test_analogies_decode_the_style_of_a_datum_in_every_class(make):
             labels = torch.full((4,), c)
             p = vae.decode(q, one[labels] if make is class_vae else labels)
             np.testing.assert_allclose(shown[:, 1 + c], p.mean, rtol=1e-6)
-    with pytest.raises(ConfigError, match="num must be positive"):
+    with pytest.raises(ConfigError, match="num must be a whole number"):
         plots.analogies(vae, x, y, 3, SHAPE, num=0)
     with pytest.raises(ShapeError, match="4 data need as many contexts"):
         plots.analogies(vae, x, y[:2], 3, SHAPE, num=4)

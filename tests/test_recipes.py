@@ -102,7 +102,7 @@ def test_different_seeds_give_different_weights() -> None:
 def test_unknown_names_list_the_known(kind: str) -> None:
     registry = getattr(recipes, f"{kind}s".upper())
     recipe = Recipe(**{kind: "nothing"})
-    with pytest.raises(UnknownNameError, match=f'unknown {kind} "nothing"') as caught:  # noqa: PT012
+    with pytest.raises(UnknownNameError, match=f"no {kind} named 'nothing'") as caught:  # noqa: PT012
         build_vae(recipe, data())
         build_objective(recipe)
     assert all(name in str(caught.value) for name in registry)

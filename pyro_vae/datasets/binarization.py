@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vae.checks import at_least, look_up, positive
 from pyro_vae.data import Data, Split, bernoulli_draw
-from pyro_vae.datasets.splits import Part, Parts, Rule, look_up
+from pyro_vae.datasets.splits import Part, Parts, Rule
 from pyro_vae.errors import ConfigError, DataError, ShapeError, SupportError
 
 PART_NAMES = ("train", "valid", "test")
@@ -71,8 +72,7 @@ def assemble(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype {dtype} is not floating point")
-    if scale is not None and not (scale > 0 and np.isfinite(scale)):
-        raise ConfigError(f"scale {scale} is not a positive number")
+    scale = None if scale is None else positive("scale", scale)
     draw = None if binarize is None else look_up("binarisation", binarize, BINARIZATIONS, ", None")
     seeds = _part_seeds(seed)
     checked = {}
@@ -150,9 +150,7 @@ def _labels(y: np.ndarray, where: str) -> np.ndarray:
 
 def _part_seeds(seed: int) -> dict[str, int]:
     """A seed a part, so that the draws of different parts have nothing in common."""
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise ConfigError(f"seed {seed!r} is not a whole number of 0 or more")
-    states = np.random.SeedSequence(int(seed)).generate_state(len(PART_NAMES))
+    states = np.random.SeedSequence(at_least("seed", seed, 0)).generate_state(len(PART_NAMES))
     return dict(zip(PART_NAMES, map(int, states), strict=True))
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pyro_vae.checks import look_up
 from pyro_vae.data import Data
 from pyro_vae.datasets.binarization import PART_NAMES, assemble
 from pyro_vae.datasets.formats import mat_names, npz_names, read_mat, read_npy, read_npz
-from pyro_vae.datasets.splits import Part, Parts, Rule, as_filed, cut_by_fraction, look_up
+from pyro_vae.datasets.splits import Part, Parts, Rule, as_filed, cut_by_fraction
 from pyro_vae.datasets.tables import read_csv
 from pyro_vae.errors import ConfigError, DataError
 

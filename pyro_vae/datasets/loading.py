@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from pyro_vae.checks import look_up
 from pyro_vae.data import Data
 from pyro_vae.datasets.binarization import assemble
 from pyro_vae.datasets.catalogue import DATASETS
 from pyro_vae.datasets.files import READERS, load_file
 from pyro_vae.datasets.sources import Store
-from pyro_vae.datasets.splits import look_up
 from pyro_vae.errors import ConfigError, UnknownNameError
 
 
@@ -78,8 +78,12 @@ def load(
     if not isinstance(name, str | os.PathLike):
         raise UnknownNameError(f"a data set is named by text, got {name!r}; known: {names()}")
     if Path(name).suffix.lower() in READERS:
-        if split is not None:
-            raise ConfigError(f"split {split!r} means nothing for the file {name}")
+        for option, value in {"split": split, "folder": folder, "mirror": mirror}.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{option}={value!r} means nothing for the file {name}; load_file says what "
+                    "does"
+                )
         return load_file(name, binarize=binarize, seed=seed, dtype=dtype)
     files = f", or the path of a file ending in {', '.join(READERS)}"
     entry = look_up("data set", os.fspath(name), DATASETS, files)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
-from pyro_vae.errors import ConfigError, DataError, ShapeError, UnknownNameError
-
-T = TypeVar("T")
+from pyro_vae.checks import at_least
+from pyro_vae.errors import ConfigError, DataError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -64,19 +61,6 @@ class Protocol:
     about: str
 
 
-def look_up(kind: str, name: str, table: Mapping[str, T], also: str = "") -> T:
-    """The entry of a registry.
-
-    Raises:
-        UnknownNameError: `name` is not in it; the message lists the known and the nearest.
-    """
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name).lower(), list(table), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UnknownNameError(f"no {kind} named {name!r}; {hint}known: {_listed(table)}{also}")
-
-
 def permutation(rows: int, seed: int = 0) -> np.ndarray:
     """A shuffle of `rows` that stays the same in every NumPy version.
 
@@ -86,9 +70,10 @@ def permutation(rows: int, seed: int = 0) -> np.ndarray:
     Raises:
         ConfigError: the seed is not a whole number from 0 to 2³² - 1.
     """
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed {seed!r} is not a whole number from 0 to 2**32 - 1")
-    return np.random.RandomState(seed).permutation(rows)
+    number = at_least("seed", seed, 0)
+    if number >= 2**32:
+        raise ConfigError(f"seed must be below 2^32, got {seed!r}")
+    return np.random.RandomState(number).permutation(rows)
 
 
 def as_filed(parts: Parts) -> Parts:
@@ -162,7 +147,3 @@ def cut_by_fraction(fractions: tuple[float, ...], where: str, seed: int) -> Rule
         return cut(**sizes, shuffled=True, seed=seed)(parts)
 
     return rule
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)

@@ -28,7 +28,7 @@ Position = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Annealing:
     """How long and how finely to anneal.
 
     Attributes:
@@ -241,7 +241,7 @@ def anneal(
 
 
 def tune(
-    space: Space, state: State, betas: Sequence[float], settings: Settings, fresh: Fresh
+    space: Space, state: State, betas: Sequence[float], settings: Annealing, fresh: Fresh
 ) -> list[Tensor]:
     """A first round, thrown away, that finds the step size of each row at each temperature.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.errors import ConfigError
 from pyro_vae.evidence import ais
-from pyro_vae.evidence.ais import Position, Settings, Space, State
+from pyro_vae.evidence.ais import Annealing, Position, Space, State
 from pyro_vae.evidence.bases import Base, GuideBase, PriorBase
 from pyro_vae.evidence.ground import refuse_nan
 from pyro_vae.evidence.pushforward import noise, streams
@@ -22,8 +22,8 @@ ROUND_ONE, ROUND_TWO, BACKWARD = 1, 2, 3
 
 def check_annealing(settings: Any, start: Any) -> None:
     """Raise `ConfigError` unless these say how to anneal and from where."""
-    if settings is not None and not isinstance(settings, Settings):
-        raise ConfigError(f"annealing takes pyro_vae.evidence.Settings(...), got {settings!r}")
+    if settings is not None and not isinstance(settings, Annealing):
+        raise ConfigError(f"annealing takes pyro_vae.evidence.Annealing(...), got {settings!r}")
     if start not in get_args(Start):
         raise ConfigError(f'start is "guide" or "prior", got {start!r}')
 
@@ -41,7 +41,7 @@ class Annealer:
     """
 
     def __init__(
-        self, target: Target, settings: Settings, seed: int, chunk_bytes: int, start: Start
+        self, target: Target, settings: Annealing, seed: int, chunk_bytes: int, start: Start
     ) -> None:
         self.target, self.settings, self.seed = target, settings, seed
         self.base: Base = (

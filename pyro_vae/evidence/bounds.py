@@ -13,9 +13,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.checks import at_least
-from pyro_vae.errors import ConfigError, SiteError, UnknownNameError
-from pyro_vae.evidence.ais import Settings
+from pyro_vae.checks import at_least, check_known
+from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.evidence.ais import Annealing
 from pyro_vae.evidence.annealing import Annealer, Start, check_annealing
 from pyro_vae.evidence.ground import CHUNK_BYTES, prepare, undisturbed
 from pyro_vae.evidence.importance import Proposal, Sampler
@@ -79,7 +79,7 @@ def sandwich(
     *args: Any,
     method: str = "is",
     num_samples: int = 1000,
-    annealing: Settings | None = None,
+    annealing: Annealing | None = None,
     start: Start = "guide",
     tolerance: float = 0.5,
     seed: int = 0,
@@ -109,8 +109,7 @@ def sandwich(
         UnknownNameError: another method.
         ConfigError: an option means nothing; `num_samples` is at least 2.
     """
-    if method not in ("is", "ais"):
-        raise UnknownNameError(f'method is "is" or "ais", got {method!r}')
+    check_known("method", method, ("is", "ais"))
     at_least("num_samples", num_samples, 2)
     at_least("chunk_bytes", chunk_bytes, 1)
     check_annealing(annealing, start)
@@ -124,7 +123,7 @@ def sandwich(
             sampler = Sampler(target, num_samples, seed, chunk_bytes, Proposal(share=0.0))
             parts = [_planted(sampler, rows, z) for rows in sampler.chunks()]
         else:
-            annealer = Annealer(target, annealing or Settings(), seed, chunk_bytes, start)
+            annealer = Annealer(target, annealing or Annealing(), seed, chunk_bytes, start)
             parts = [_both_ways(annealer, rows, z) for rows in annealer.chunks()]
     lower, upper = (torch.cat(bound).numpy() for bound in zip(*parts, strict=True))
     return Sandwich(lower, upper, method, tolerance)

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.data import Data, Split
+from pyro_vae.data import Data, Split, as_tensor
 from pyro_vae.errors import ConfigError, DataError, NonFiniteError
 from pyro_vae.typing import Program
 
@@ -39,7 +38,9 @@ def prepare(
         args = (*context, *args)
     if hasattr(guide, "check_context") and args and isinstance(args[0], Tensor):
         guide.check_context(args[0])
-    x = _as_tensor(x)
+    if isinstance(x, Data):
+        raise DataError('x is a Data of several splits: give one of them, such as "data.test"')
+    x = as_tensor(x)
     if x.dim() == 0 or len(x) == 0:
         raise DataError(f"x holds no datum to evaluate: its shape is {tuple(x.shape)}")
     modules = programs.modules_of(model, guide)
@@ -60,21 +61,6 @@ def prepare(
 
     with torch.inference_mode(False):
         return fit(x), tuple(map(fit, args))
-
-
-def _as_tensor(x: Any) -> Tensor:
-    if isinstance(x, Data):
-        raise DataError('x is a Data of several splits: give one of them, such as "data.test"')
-    if isinstance(x, Tensor):
-        return x
-    try:
-        masked = isinstance(x, np.ma.MaskedArray)
-        return torch.as_tensor(x.filled(np.nan) if masked else np.array(x))
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"x must be an array of numbers, a datum a row, or a Split; got {type(x).__name__}: "
-            f"{error}"
-        ) from error
 
 
 def refuse_nan(values: Tensor, rows: range) -> Tensor:

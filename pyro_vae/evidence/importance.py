@@ -129,7 +129,7 @@ class Sampler:
         """All K draws of the rows, some at a time, with log p(x, z)."""
         for start in range(0, self.num_samples, DRAWS_AT_ONCE):
             draws = self._draw(rows, start, wide[start : start + DRAWS_AT_ONCE])
-            yield draws, self._log_joint(rows, draws)
+            yield draws, self.log_joint(rows, draws)
 
     def _draw(self, rows: range, start: int, wide: Tensor) -> Draws:
         scales = torch.where(wide, self.proposal.inflation, 1.0).to(self.target.arguments[0].device)
@@ -146,7 +146,7 @@ class Sampler:
         logs = torch.tensor([1 - share, share], dtype=torch.float64, device=log_q.device).log()
         return (parts + logs[:, None, None]).logsumexp(0)
 
-    def _log_joint(self, rows: range, draws: Draws) -> Tensor:
+    def log_joint(self, rows: range, draws: Draws) -> Tensor:
         """log p(x, z) of all draws of the rows, in pieces, `(draws, rows)`, float64."""
         num_draws = len(draws.log_q)
         out = torch.empty_like(draws.log_q, dtype=torch.float64)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pyro_vae.checks import at_least
+from pyro_vae.checks import at_least, check_known
 from pyro_vae.data import Split
-from pyro_vae.errors import UnknownNameError
-from pyro_vae.evidence.ais import Settings
+from pyro_vae.evidence.ais import Annealing
 from pyro_vae.evidence.annealing import Start, check_annealing
 from pyro_vae.evidence.diagnostics import checkpoints
 from pyro_vae.evidence.draws import Guide
@@ -36,7 +35,7 @@ def log_marginal(
     method: str = "is",
     seed: int = 0,
     defensive: float = 0.1,
-    annealing: Settings | None = None,
+    annealing: Annealing | None = None,
     start: Start = "guide",
     chunk_bytes: int = CHUNK_BYTES,
     tf32: bool = False,
@@ -105,7 +104,7 @@ def log_marginal(
         target = Target(model, guide, x, args, enumerate_all=method == "enumerate")
         if method not in ("is", "auto") or not Guide(target).is_map:
             proposal = Proposal(share=0.0)
-        options = Options(num_samples, seed, chunk_bytes, proposal, annealing or Settings(), start)
+        options = Options(num_samples, seed, chunk_bytes, proposal, annealing or Annealing(), start)
         results = list(_watched(METHODS[method](target, options), target.size, progress))
     columns, convergence = _collect(results)
     provenance = {
@@ -131,9 +130,7 @@ def log_marginal(
 def _check_options(
     num_samples: int, method: str, start: str, annealing: Any, chunk_bytes: int
 ) -> None:
-    if not isinstance(method, str) or method not in METHODS:
-        known = ", ".join(f'"{name}"' for name in METHODS)
-        raise UnknownNameError(f"method is one of {known}; got {method!r}")
+    check_known("method", method, METHODS)
     at_least("num_samples", num_samples, 1)
     at_least("chunk_bytes", chunk_bytes, 1)
     check_annealing(annealing, start)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pyro_vae.errors import SiteError
-from pyro_vae.evidence.ais import Settings
+from pyro_vae.evidence.ais import Annealing
 from pyro_vae.evidence.annealing import Annealer, Start
 from pyro_vae.evidence.diagnostics import MIN_ESS, khat_threshold
 from pyro_vae.evidence.figures import annealed_figures, exact_figures, figures
@@ -35,7 +35,7 @@ class Options:
     seed: int
     chunk_bytes: int
     proposal: Proposal = field(default_factory=Proposal)
-    annealing: Settings = field(default_factory=Settings)
+    annealing: Annealing = field(default_factory=Annealing)
     start: Start = "guide"
 
 

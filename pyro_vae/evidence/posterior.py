@@ -57,7 +57,7 @@ def resample(sampler: Sampler, num_draws: int) -> dict[str, Tensor]:
         log_w, values = sampler.weighted_draws(rows)
         chosen = [_choose(log_w[i], num_draws, derive(seed, row)) for i, row in enumerate(rows)]
         taken = torch.stack(chosen, 1).to(target.arguments[0].device)
-        z = {name: _take(v, taken, target.axis(name)) for name, v in values.items()}
+        z = {name: take(v, taken, target.axis(name)) for name, v in values.items()}
         parts.append({**z, **_discrete(target, rows, z, seed)})
     return {name: torch.cat([p[name] for p in parts], target.axis(name)) for name in parts[0]}
 
@@ -99,7 +99,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _take(value: Tensor, chosen: Tensor, axis: int) -> Tensor:
+def take(value: Tensor, chosen: Tensor, axis: int) -> Tensor:
     """The chosen draws `(num_draws, rows)` of a site's value, whose rows are along `axis`."""
     rows_second = value.movedim(axis, 1)
     picked = rows_second[chosen, torch.arange(chosen.shape[1], device=chosen.device)]

@@ -12,7 +12,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import hamiltonian, programs
+from pyro_vae.distributions import stated_mean
 from pyro_vae.errors import ShapeError, SiteError
+from pyro_vae.evidence.posterior import take
 from pyro_vae.evidence.sites import check_support
 from pyro_vae.evidence.target import Target
 from pyro_vae.hamiltonian import is_real
@@ -37,14 +39,9 @@ class State:
 
     def select(self, chosen: Tensor, holes: Holes) -> State:
         """The draws that `chosen`, `(M, rows)`, names for every row."""
-        rows = torch.arange(chosen.shape[1], device=chosen.device)
-
-        def pick(value: Tensor, axis: int) -> Tensor:
-            picked = value.movedim(axis, 1)[chosen, rows]
-            return picked.movedim(1, axis + value.dim())
-
-        z = {name: pick(value, holes.target.axis(name)) for name, value in self.z.items()}
-        return State(z, pick(self.x, 1 - self.x.dim()), pick(self.mean, 1 - self.x.dim()))
+        z = {name: take(value, chosen, holes.target.axis(name)) for name, value in self.z.items()}
+        axis = 1 - self.x.dim()
+        return State(z, take(self.x, chosen, axis), take(self.mean, chosen, axis))
 
     def flatten(self, holes: Holes) -> State:
         """Every draw of every row as a row of its own, draw by draw."""
@@ -219,11 +216,9 @@ class Holes:
         """x with its holes drawn from p(x|z), and E[x|z], in this shape."""
         base = by_value(site["fn"])
         drawn = base.sample().reshape(shape)
-        try:
-            mean = base.mean.reshape(shape)
-        except NotImplementedError:
-            mean = drawn
-        return torch.where(self.observed, self.x, drawn), mean
+        mean = stated_mean(base)
+        expected = drawn if mean is None else mean.reshape(shape)
+        return torch.where(self.observed, self.x, drawn), expected
 
     def _log_observed(self, sites: Mapping[str, Site], x: Tensor) -> Tensor:
         """log p(x_obs, z) at draws of the latents, and of x for what is missing."""

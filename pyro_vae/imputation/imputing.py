@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import at_least
-from pyro_vae.errors import DataError, NonFiniteError, ShapeError, UnknownNameError
+from pyro_vae.checks import at_least, check_known
+from pyro_vae.errors import DataError, NonFiniteError, ShapeError
 from pyro_vae.evidence.diagnostics import MIN_ESS
 from pyro_vae.evidence.ground import prepare, undisturbed
 from pyro_vae.imputation.chains import run_chains
@@ -158,9 +158,7 @@ def _mask(mask: Any, x: Tensor) -> Tensor:
 
 
 def _check_options(num_imputations: int, num_samples: int, num_sweeps: int, method: str) -> None:
-    if method not in METHODS:
-        known = ", ".join(f'"{name}"' for name in METHODS)
-        raise UnknownNameError(f"method is one of {known}; got {method!r}")
+    check_known("method", method, METHODS)
     at_least("num_imputations", num_imputations, 1)
     at_least("num_samples", num_samples, 1)
     at_least("num_sweeps", num_sweeps, 1)

@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 
+from pyro_vae.conditioning import condition
 from pyro_vae.distributions import EMPTY
 from pyro_vae.errors import DataError, SiteError
 from pyro_vae.likelihoods.base import check_finite
@@ -35,8 +36,8 @@ class Incomplete(nn.Module):
     what that adds is taken out again.
 
     Args:
-        likelihood: maps z to a distribution whose values are independent given z, as all of this
-            library's are.
+        likelihood: maps z, and a context if it takes one, to a distribution whose values are
+            independent given z, as all of this library's are.
         allow_empty: whether a datum may have no value at all. Such a datum teaches nothing but
             that the posterior should be the prior.
     """
@@ -51,8 +52,9 @@ class Incomplete(nn.Module):
 
         Raises:
             SiteError: the values are not independent given z.
+            ConfigError: the likelihood returned no distribution of Pyro's.
         """
-        p = self.likelihood(z) if context is None else self.likelihood(z, context)
+        p = condition(self.likelihood, z, context=context)
         return ObservedValues(by_value(p)).to_event(len(p.event_shape))
 
     def check(self, x: Tensor) -> None:
@@ -70,13 +72,14 @@ class Incomplete(nn.Module):
         getattr(self.likelihood, "check", check_finite)(filled)
 
     def initialize(self, train_mean: Tensor) -> None:
-        """See `Likelihood.initialize`; the means are those of the observed values.
+        """See `Likelihood.initialize`; the means are those of the observed values. A likelihood
+        that has no such method, as a plain function, starts where it is.
 
         Raises:
             DataError: a mean is NaN: a feature was never observed, or NaN were averaged.
         """
         check_finite(train_mean[None])
-        self.likelihood.initialize(train_mean)  # type: ignore[attr-defined]
+        getattr(self.likelihood, "initialize", lambda _: None)(train_mean)
 
 
 class ObservedValues(TorchDistribution):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import TypedDict, Unpack
 
 import pyro.distributions as dist
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from pyro_vae.checks import at_least
+from pyro_vae.checks import at_least, positive
 from pyro_vae.errors import ConfigError, ShapeError
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.typing import Distribution
@@ -42,7 +43,9 @@ class LikelihoodScale(nn.Module):
         initial: float = 1.0,
     ) -> None:
         super().__init__()
-        self.form, self.floor = form, floor
+        number = isinstance(form, Real) and not isinstance(form, bool)
+        self.form: float | str = float(form) if number else form
+        self.floor = floor
         if not 0 < floor < initial:
             raise ConfigError(f"the floor must lie between 0 and {initial}, got {floor}")
         start = torch.tensor(initial - floor).expm1().log()  # softplus(start) = initial - floor
@@ -55,8 +58,8 @@ class LikelihoodScale(nn.Module):
             self.raw = nn.Parameter(start.repeat(features))
         elif form == "predicted":
             self.start = start.item()
-        elif isinstance(form, int | float) and form is not True and 0 < form < float("inf"):
-            self.register_buffer("fixed", torch.tensor(float(form)))
+        elif isinstance(self.form, float) and 0 < self.form < float("inf"):
+            self.register_buffer("fixed", torch.tensor(self.form))
         else:
             raise ConfigError(
                 'a scale is a positive number, "learned", "per_feature" or "predicted", '
@@ -65,7 +68,7 @@ class LikelihoodScale(nn.Module):
 
     def forward(self, raw: Tensor | None = None) -> Tensor:
         """Values that broadcast with a datum; `raw` is the network's output where predicted."""
-        if isinstance(self.form, int | float):
+        if isinstance(self.form, float):
             return self.fixed
         return self.floor + softplus(self.raw if raw is None else self.start + raw)
 
@@ -178,9 +181,9 @@ class StudentT(LocationScale):
         **options: Unpack[ScaleOptions],
     ) -> None:
         super().__init__(network, scale, **options)
-        if not 1 < df < float("inf"):
-            raise ConfigError(f"df must be finite and above 1, got {df}")
-        self.df = df
+        self.df = positive("df", df)
+        if self.df <= 1:
+            raise ConfigError(f"df must be finite and above 1, got {df!r}")
 
     def family(self, location: Tensor, scale: Tensor) -> Distribution:
         return dist.StudentT(location.new_tensor(self.df), location, scale)

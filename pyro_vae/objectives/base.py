@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.checks import at_least
+from pyro_vae.distributions import stated_mean
 from pyro_vae.errors import ShapeError, SiteError
+from pyro_vae.objectives.remembered import Remembered
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
@@ -50,8 +52,15 @@ class Terms:
         `pv.active_units` looks at a whole data set.
 
         Raises:
+            SiteError: there are no means.
             ShapeError: a site has fewer than two data.
         """
+        if not self.means:
+            raise SiteError(
+                "these terms carry no mean of any latent site: it has none that its distribution "
+                "states (a flow, a discrete site), or the objective is compiled or sums over a "
+                "site. Use pv.active_units, which averages draws"
+            )
         for name, mean in self.means.items():
             if len(mean) < 2:
                 raise ShapeError(f'a variance over the data needs two; site "{name}" has one')
@@ -64,7 +73,7 @@ class Objective(pyro.infer.ELBO):
     Args:
         num_particles: draws of the latent variables per datum, taken at once in an outermost plate.
         max_plate_nesting: how many dimensions the program's own plates take; by default found by
-            one extra run at the first call that needs it.
+            one extra run at the first call of each (model, guide) that needs it.
 
     Raises:
         ConfigError: `num_particles` is not a whole number of at least 1, or `max_plate_nesting`
@@ -77,6 +86,7 @@ class Objective(pyro.infer.ELBO):
             at_least("max_plate_nesting", max_plate_nesting, 0)
         super().__init__(num_particles=num_particles)
         self.max_plate_nesting = max_plate_nesting
+        self._nesting: Remembered[int] = Remembered()
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate the objective once and return every term of it.
@@ -104,13 +114,32 @@ class Objective(pyro.infer.ELBO):
             loss.backward()
         return loss.item()
 
-    def _pair(self, model: Program, guide: Program, args: Sequence[Any], kwargs: Any) -> Pair:
-        if self.num_particles == 1 and not self._needs_plates:
+    def _pair(
+        self,
+        model: Program,
+        guide: Program,
+        args: Sequence[Any],
+        kwargs: Any,
+        plates: bool | None = None,
+    ) -> Pair:
+        """The pair as this objective runs it.
+
+        Args:
+            plates: whether its plates have to be counted though there is one particle.
+        """
+        if self.num_particles == 1 and not (plates or self._needs_plates):
             return Pair(model, guide, args, kwargs)
-        if self.max_plate_nesting == float("inf"):
-            self.max_plate_nesting = programs.plate_nesting(model, guide, args, kwargs)
-        nesting = int(self.max_plate_nesting)
-        return Pair(model, guide, args, kwargs, self.num_particles, nesting, self._enumerates)
+        nesting = self.max_plate_nesting
+        if nesting == float("inf"):
+            nesting = self._found_nesting(model, guide, args, kwargs)
+        return Pair(model, guide, args, kwargs, self.num_particles, int(nesting), self._enumerates)
+
+    def _found_nesting(self, model: Program, guide: Program, args: Any, kwargs: Any) -> int:
+        found = self._nesting.get(model, guide)
+        if found is None:
+            found = programs.plate_nesting(model, guide, args, kwargs)
+            self._nesting.keep(model, guide, found)
+        return found
 
     _needs_plates = False
     _enumerates = False
@@ -128,10 +157,10 @@ def posterior_means(run: Run, num_particles: int) -> dict[str, Tensor]:
         fn = run.guide[name]["fn"]
         if not fn.has_rsample:
             continue
-        try:
-            mean = fn.mean.detach()
-        except NotImplementedError:  # a flow
+        mean = stated_mean(fn)
+        if mean is None:
             continue
+        mean = mean.detach()
         mean = mean if num_particles == 1 else mean.mean(0)
         means[name] = mean.reshape(-1, fn.event_shape.numel())
     return means

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import programs
+from pyro_vae.checks import nonnegative
 from pyro_vae.errors import AnalyticKLError, ConfigError, SiteError
 from pyro_vae.objectives.base import (
     Estimator,
@@ -22,6 +23,7 @@ from pyro_vae.objectives.base import (
 )
 from pyro_vae.objectives.dimensions import dimension_first, factor, factors, monte_carlo_kl
 from pyro_vae.objectives.expectation import Expectation
+from pyro_vae.objectives.remembered import Remembered
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.typing import Program
 
@@ -29,21 +31,21 @@ from pyro_vae.typing import Program
 class ELBO(Objective):
     """E_q[log p(x|z)] - w KL(q(z|x) || p(z)) (Kingma & Welling 2013, eq. 3).
 
-    With `kl="analytic"` the KL of each site is its closed form (their eq. 7), given the values of
-    the sites its distributions depend on. That has the right expectation exactly when no site's
-    prior depends on a latent that the guide draws later, which is checked by the order of the
-    sites, and when model and guide carry the same scale and mask there. A site that fails, or
-    has no closed form registered, is an error. With `kl="monte_carlo"` the KL is log q(z) - log
-    p(z) at the draws, as in Pyro's `Trace_ELBO`: right for any reparametrised guide. `kl="auto"`
-    takes the closed form where there is a valid one and Monte Carlo elsewhere; `Terms.estimators`
-    says which.
+    The KL of a latent site is its closed form (their eq. 7), given the values of the sites its
+    distributions depend on, or log q(z) - log p(z) at the draws, as in Pyro's `Trace_ELBO`: the
+    Monte Carlo KL, right for any reparametrised guide. The closed form has the right expectation
+    exactly when no site's prior depends on a latent that the guide draws later, which is checked
+    by the order of the sites, and when model and guide carry the same scale and mask there.
+    `kl="auto"` takes it at each site where one is registered and valid, and Monte Carlo at the
+    others; `Terms.estimators` says which each site got. With `kl="analytic"` a site without one is
+    an error, and with `kl="monte_carlo"` no site's is taken.
 
     A discrete guide site marked `infer={"enumerate": "parallel"}` is summed over exactly, and the
     sites after it are drawn once for each of its values (Kingma et al. 2014, eq. 7); its own KL is
     then exact as well ("enumerated"), whatever `kl` says.
 
     Args:
-        kl: `"analytic"`, `"monte_carlo"` or `"auto"`.
+        kl: `"auto"`, `"analytic"` or `"monte_carlo"`.
         gradient: `"standard"`, or `"stl"`: "sticking the landing" drops the score of q from the
             gradient of the Monte Carlo KL. Its expectation is unchanged, and its variance goes to
             zero as q approaches the posterior (Roeder et al. 2017, eq. 7).
@@ -55,7 +57,8 @@ class ELBO(Objective):
         num_particles, max_plate_nesting: see `Objective`.
 
     Raises:
-        ConfigError: an argument is not as above, or `"stl"` is asked of an analytic KL.
+        ConfigError: an argument is not as above, or `"stl"` is asked of a KL that is not
+            `"monte_carlo"`.
         AnalyticKLError: at call, where `kl="analytic"` asks for what does not exist.
         SiteError: at call, where a guide site's draws carry no gradient, or where free bits are
             asked of a KL that does not split into dimensions.
@@ -63,7 +66,7 @@ class ELBO(Objective):
 
     def __init__(
         self,
-        kl: Literal["analytic", "monte_carlo", "auto"] = "analytic",
+        kl: Literal["auto", "analytic", "monte_carlo"] = "auto",
         gradient: Literal["standard", "stl"] = "standard",
         kl_weight: float = 1.0,
         free_bits: float = 0.0,
@@ -71,17 +74,17 @@ class ELBO(Objective):
         max_plate_nesting: float = float("inf"),
     ) -> None:
         if kl not in ("analytic", "monte_carlo", "auto"):
-            raise ConfigError(f'kl is "analytic", "monte_carlo" or "auto", got {kl!r}')
+            raise ConfigError(f'kl is "auto", "analytic" or "monte_carlo", got {kl!r}')
         if gradient not in ("standard", "stl"):
             raise ConfigError(f'gradient is "standard" or "stl", got {gradient!r}')
         if gradient == "stl" and kl != "monte_carlo":
             raise ConfigError(f'gradient="stl" is of the Monte Carlo KL, got kl={kl!r}')
-        if not 0.0 <= free_bits < float("inf"):
-            raise ConfigError(f"free_bits must be finite and not negative, got {free_bits}")
         super().__init__(num_particles, max_plate_nesting)
+        self._enumerated: Remembered[bool] = Remembered()  # pairs with marked sites
+        self._num_enumerated = 0  # tells `compile` that a run found one, and drew twice
         self.kl = kl
         self.gradient = gradient
-        self.free_bits = free_bits
+        self.free_bits = nonnegative("free_bits", free_bits)
         self._kl_weight = torch.tensor(0.0, dtype=torch.float64)
         self.kl_weight = kl_weight
 
@@ -92,9 +95,7 @@ class ELBO(Objective):
 
     @kl_weight.setter
     def kl_weight(self, weight: float) -> None:
-        if not 0.0 <= weight < float("inf"):
-            raise ConfigError(f"kl_weight must be finite and not negative, got {weight}")
-        self._kl_weight.fill_(weight)
+        self._kl_weight.fill_(nonnegative("kl_weight", weight))
 
     def _weight_beside(self, kl: Tensor) -> Tensor:
         """w as a factor of the KL. It moves to a GPU to stay, where a captured graph reads it."""
@@ -127,12 +128,13 @@ class ELBO(Objective):
     _enumerates = True
 
     def _run(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Pair, Run]:
-        pair = self._pair(model, guide, args, kwargs)
+        pair = self._pair(model, guide, args, kwargs, self._enumerated.get(model, guide))
         run = pair.run()
         marked = any(site["infer"].get("enumerate") == "parallel" for site in run.guide.values())
         if marked and not pair.enumerate:
-            self._needs_plates = True  # the values go left of all plates: count them, once
-            pair = self._pair(model, guide, args, kwargs)
+            self._enumerated.keep(model, guide, True)
+            self._num_enumerated += 1
+            pair = self._pair(model, guide, args, kwargs, plates=True)  # values go left of them
             run = pair.run()
         return pair, run
 

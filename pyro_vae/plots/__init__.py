@@ -5,7 +5,7 @@ log-densities are in nats.
 """
 
 from pyro_vae.plots.classes import analogies, class_grid
-from pyro_vae.plots.curves import active_units, training_curves
+from pyro_vae.plots.curves import kl_per_dimension, training_curves
 from pyro_vae.plots.evidence import (
     convergence,
     evaluation,
@@ -19,7 +19,6 @@ from pyro_vae.plots.pictures import manifold, reconstructions, samples
 from pyro_vae.plots.tiles import tile
 
 __all__ = [
-    "active_units",
     "analogies",
     "class_grid",
     "convergence",
@@ -28,6 +27,7 @@ __all__ = [
     "image_rows",
     "imputations",
     "khat",
+    "kl_per_dimension",
     "latent_map",
     "latent_maps",
     "log_px_histogram",

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyro_vae.checks import at_least
 from pyro_vae.data import one_hot
 from pyro_vae.plots import style
 from pyro_vae.plots.reading import (
@@ -20,7 +21,7 @@ from pyro_vae.plots.reading import (
     looking,
     posterior_means,
 )
-from pyro_vae.plots.tiles import Shape, positive, state_limits, tile, value_limits
+from pyro_vae.plots.tiles import Shape, state_limits, tile, value_limits
 
 WIDTH = 5.5  # inches
 
@@ -49,7 +50,8 @@ def class_grid(
         ConfigError: a number is not positive.
         DataError: the model has fewer classes.
     """
-    positive(num_classes=num_classes, num=num)
+    at_least("num_classes", num_classes, 1)
+    at_least("num", num, 1)
     with looking(vae, seed):
         means = [
             flat(vae.generate(num, _classes(vae, torch.full((num,), y), num_classes), seed).mean)
@@ -80,7 +82,8 @@ def analogies(
         ConfigError: a number is not positive.
         DataError, ShapeError: `x` is empty, or has not as many labels; a label is no class.
     """
-    positive(num_classes=num_classes, num=num)
+    at_least("num_classes", num_classes, 1)
+    at_least("num", num, 1)
     data = as_input(vae, x)[:num]
     with looking(vae, 0):
         y = torch.as_tensor(labels)[:num].long().to(data.device)

@@ -73,32 +73,34 @@ def training_curves(metrics: Metrics) -> Figure:
     return figure
 
 
-def active_units(kl_per_dimension: ArrayLike, threshold: float = 0.01) -> Figure:
+def kl_per_dimension(values: ArrayLike, threshold: float = 0.01) -> Figure:
     """KL(q(z|x) || p(z)) of every latent dimension, largest first; collapsed ones are grey.
 
     A dimension whose KL is zero on average carries nothing about x: its posterior is the prior.
+    (`pv.active_units` counts by another measure, how far the posterior's mean moves with x.)
 
     Args:
-        kl_per_dimension: `(latent,)`, means over data, nats per datum.
-        threshold: nats above which a dimension counts as active.
+        values: `Terms.kl_per_dimension` of a site divided by the number of data: `(latent,)`,
+            means over data, nats per datum.
+        threshold: nats up to which a dimension is drawn as collapsed.
 
     Raises:
         DataError: not a vector of finite numbers.
     """
-    kl = np.asarray(kl_per_dimension, dtype=float)
+    kl = np.asarray(values, dtype=float)
     if kl.ndim != 1 or kl.size == 0 or not np.isfinite(kl).all():
         raise DataError(
             f"KL per dimension is a vector of finite numbers, one a latent dimension; got shape "
             f"{kl.shape} with {int((~np.isfinite(kl)).sum())} values that are not finite"
         )
     order = np.argsort(-kl, kind="stable")
-    active = kl[order] > threshold
+    above = kl[order] > threshold
     figure = style.figure(min(7.0, max(3.4, 1.4 + 0.16 * len(kl))), 2.8)
     axes = figure.subplots()
-    axes.bar(np.arange(len(kl)), kl[order], color=np.where(active, style.BLUE, "#AAAAAA"))
+    axes.bar(np.arange(len(kl)), kl[order], color=np.where(above, style.BLUE, "#AAAAAA"))
     few = len(kl) <= 20
     label = "Latent dimension" if few else "Latent dimensions by rank"
-    title = f"{active.sum()} of {len(kl)} dimensions above {threshold:g} nats"
+    title = f"{above.sum()} of {len(kl)} dimensions above {threshold:g} nats"
     style.dress(axes, title, label, "KL (nats per datum)")
     if few:
         axes.set_xticks(np.arange(len(kl)), [str(i) for i in order])

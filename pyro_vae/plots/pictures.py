@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError
 from pyro_vae.plots import style
 from pyro_vae.plots.reading import (
@@ -22,7 +23,7 @@ from pyro_vae.plots.reading import (
     looking,
     posterior_means,
 )
-from pyro_vae.plots.tiles import Limits, Shape, positive, state_limits, tile, value_limits
+from pyro_vae.plots.tiles import Limits, Shape, state_limits, tile, value_limits
 from pyro_vae.typing import Distribution
 from pyro_vae.vae import Generative
 
@@ -55,7 +56,7 @@ def reconstructions(
         DataError, ShapeError: `x` is empty or not of this shape.
         ConfigError: `num` is not positive.
     """
-    positive(num=num)
+    at_least("num", num, 1)
     data = as_input(vae, x)[:num]
     with looking(vae, seed):
         given = as_context(vae, data, None if context is None else context[:num])  # type: ignore[index]
@@ -100,7 +101,7 @@ def samples(
         ShapeError: the likelihood is over data of another shape.
         ConfigError: `num` is not positive.
     """
-    positive(num=num)
+    at_least("num", num, 1)
     with looking(vae, seed):
         p = vae.generate(num, context)
         drawn, mean = flat(p.sample()), flat(p.mean)
@@ -139,7 +140,7 @@ def manifold(vae: Any, image_shape: Shape | None, num: int = 20, seed: int = 0) 
             is not positive.
         ShapeError: the likelihood is over data of another shape.
     """
-    positive(num=num)
+    at_least("num", num, 1)
     with looking(vae, seed):
         prior = vae.prior()
         if tuple(prior.event_shape) != (2,) or prior.batch_shape:

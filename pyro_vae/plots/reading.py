@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.data import as_tensor
+from pyro_vae.distributions import stated_mean
 from pyro_vae.errors import DataError, ShapeError
 from pyro_vae.seeding import seeded
 from pyro_vae.typing import Distribution
@@ -32,10 +34,10 @@ def as_input(vae: Generative, rows: ArrayLike | Tensor) -> Tensor:
     """Rows on the device and in the precision of the VAE's parameters.
 
     Raises:
-        DataError: there is no row, or a row is not a vector.
+        DataError: they are no array, there is no row, or a row is not a vector.
     """
     like = next(vae.parameters(), torch.empty(0))
-    x = rows if isinstance(rows, Tensor) else torch.as_tensor(np.asarray(rows))
+    x = as_tensor(rows)
     if x.dim() != 2 or len(x) == 0:
         raise DataError(f"x needs one row a datum, (N, features), got shape {tuple(x.shape)}")
     return x.to(device=like.device, dtype=like.dtype)
@@ -50,7 +52,7 @@ def as_context(vae: Any, x: Tensor, context: ArrayLike | Tensor | None) -> Tenso
         ShapeError: there is not one context a row.
     """
     if context is not None:
-        context = context if isinstance(context, Tensor) else torch.as_tensor(np.asarray(context))
+        context = as_tensor(context)
         if context.dim() == 0 or len(context) != len(x):
             raise ShapeError(f"{len(x)} data need as many contexts, got {tuple(context.shape)}")
         context = context.to(x.device, x.dtype if context.is_floating_point() else None)
@@ -79,7 +81,5 @@ def flat(x: Tensor) -> NDArray[Any]:
 
 
 def _mean(q: Distribution) -> Tensor:
-    try:
-        return q.mean
-    except NotImplementedError:
-        return q.sample(torch.Size([DRAWS])).mean(0)
+    mean = stated_mean(q)
+    return q.sample(torch.Size([DRAWS])).mean(0) if mean is None else mean

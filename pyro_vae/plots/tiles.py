@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
+from pyro_vae.checks import at_least
 from pyro_vae.errors import ConfigError, DataError, ShapeError
 from pyro_vae.plots.style import BLUE, GREY, PALE, SKY, TICK
 
@@ -55,8 +56,7 @@ def tile(
     values = np.asarray(rows, dtype=float)
     if values.ndim != 2 or values.size == 0:
         raise DataError(f"tiles need one row a datum, (N, features), got shape {values.shape}")
-    if columns < 1:
-        raise ConfigError(f"columns must be positive, got {columns}")
+    at_least("columns", columns, 1)
     low, high = value_limits(values) if limits is None else limits
     scaled = (values - low) / (high - low)
     if image_shape is None:
@@ -81,13 +81,6 @@ def state_limits(figure: Figure, limits: Limits) -> None:
     """Say below the images which values are black and white, unless they are 0 and 1."""
     if limits != (0.0, 1.0):
         figure.supxlabel(f"black {limits[0]:.3g}, white {limits[1]:.3g}", fontsize=TICK, color=GREY)
-
-
-def positive(**numbers: int) -> None:
-    """Raise `ConfigError` unless how many are to be drawn are some."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be positive, got {value}")
 
 
 def _as_images(rows: NDArray[Any], image_shape: Shape) -> NDArray[Any]:

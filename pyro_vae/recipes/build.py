@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae import datasets
+from pyro_vae.checks import look_up
 from pyro_vae.data import Data, one_hot
 from pyro_vae.datasets.files import READERS
 from pyro_vae.errors import CheckpointError
 from pyro_vae.objectives import Objective
 from pyro_vae.recipes.models import MODELS, OPTIONS_OF_MODELS
 from pyro_vae.recipes.parts import OBJECTIVES
-from pyro_vae.recipes.recipe import Recipe, look_up, refuse
+from pyro_vae.recipes.recipe import Recipe, refuse
 from pyro_vae.seeding import derive, seeded
 from pyro_vae.training import load_weights
 from pyro_vae.training.folder import CHECKPOINT, CONFIG, MODEL, read_config
@@ -28,7 +29,7 @@ OF_FILES = ("key", "label_key", "divide_by", "image_shape")  # those that only a
 
 def load_data(recipe: Recipe) -> Data:
     """The data of a recipe, in its splits, with the context that its model takes."""
-    model = look_up(MODELS, recipe.model, "model")
+    model = look_up("model", recipe.model, MODELS)
     common: dict[str, Any] = {"binarize": recipe.binarize, "seed": recipe.seed}
     if Path(recipe.data).suffix.lower() in READERS:
         refuse(recipe, "a file of data", "split")
@@ -51,7 +52,7 @@ def build_vae(recipe: Recipe, data: Data) -> Generative:
         ConfigError: an option is given that the model has no use for.
         DataError: the model is of classes, and the data have none.
     """
-    model = look_up(MODELS, recipe.model, "model")
+    model = look_up("model", recipe.model, MODELS)
     refuse(recipe, f'model="{recipe.model}"', *sorted(OPTIONS_OF_MODELS - model.options))
     with seeded(derive(recipe.seed, 0)):
         vae = model.build(recipe, data)
@@ -66,12 +67,12 @@ def start(recipe: Recipe, data: Data, vae: Generative, **fitting: Any) -> None:
     Args:
         fitting: of `fit`, for what is trained here: batch_size, learning_rate, device, precision.
     """
-    look_up(MODELS, recipe.model, "model").start(recipe, data, vae, **fitting)
+    look_up("model", recipe.model, MODELS).start(recipe, data, vae, **fitting)
 
 
 def is_conditional(recipe: Recipe) -> bool:
     """Whether the model of a recipe must be given a context with each datum."""
-    return look_up(MODELS, recipe.model, "model").conditional
+    return look_up("model", recipe.model, MODELS).conditional
 
 
 def sample_context(recipe: Recipe, data: Data, num: int) -> Tensor | None:
@@ -83,7 +84,7 @@ def sample_context(recipe: Recipe, data: Data, num: int) -> Tensor | None:
 
 def build_objective(recipe: Recipe) -> Objective:
     """The objective of a recipe."""
-    return look_up(OBJECTIVES, recipe.objective, "objective")(recipe)
+    return look_up("objective", recipe.objective, OBJECTIVES)(recipe)
 
 
 def load_run(folder: str | Path) -> tuple[Generative, Data, Recipe]:

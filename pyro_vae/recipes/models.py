@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pyro_vae import likelihoods, networks, posteriors, priors, variants
+from pyro_vae.checks import look_up
 from pyro_vae.data import UNKNOWN, Data
 from pyro_vae.errors import ConfigError
 from pyro_vae.recipes.parts import PRIORS, classifier, parts
-from pyro_vae.recipes.recipe import Recipe, look_up
+from pyro_vae.recipes.recipe import Recipe
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE, Generative
 
 
 def _vae(recipe: Recipe, data: Data) -> Generative:
     posterior, likelihood = parts(recipe, data)
-    prior = look_up(PRIORS, recipe.prior, "prior")(recipe, data, posterior)
+    prior = look_up("prior", recipe.prior, PRIORS)(recipe, data, posterior)
     return VAE(prior, likelihood, posterior)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from pyro_vae import likelihoods, networks, posteriors, priors
+from pyro_vae.checks import look_up
 from pyro_vae.data import Data
 from pyro_vae.errors import ConfigError
 from pyro_vae.objectives import ELBO, IWAE, Objective
-from pyro_vae.recipes.recipe import Recipe, look_up, refuse
+from pyro_vae.recipes.recipe import Recipe, refuse
 
 MakeNetwork = Callable[[int], nn.Module]  # from the number of outputs (a feature, for a decoder)
 
@@ -152,14 +153,14 @@ OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {"elbo": _elbo, "iwae": _
 
 def parts(recipe: Recipe, data: Data, q: int = 0, p: int = 0) -> tuple[nn.Module, nn.Module]:
     """Posterior and likelihood, whose networks take contexts of sizes `q` and `p`."""
-    make = look_up(NETWORKS, recipe.network, "network")
+    make = look_up("network", recipe.network, NETWORKS)
     encoder, decoder = make(recipe, data, q).encoder, make(recipe, data, p).decoder
-    posterior = look_up(POSTERIORS, recipe.posterior, "posterior")(recipe, encoder)
-    likelihood = look_up(LIKELIHOODS, recipe.likelihood, "likelihood")(recipe, decoder)
+    posterior = look_up("posterior", recipe.posterior, POSTERIORS)(recipe, encoder)
+    likelihood = look_up("likelihood", recipe.likelihood, LIKELIHOODS)(recipe, decoder)
     return posterior, likelihood
 
 
 def classifier(recipe: Recipe, data: Data, num_classes: int) -> nn.Module:
     """q(y|x), by a network of the kind that encodes."""
-    make = look_up(NETWORKS, recipe.network, "network")
+    make = look_up("network", recipe.network, NETWORKS)
     return posteriors.Classifier(make(recipe, data, 0).encoder(num_classes))

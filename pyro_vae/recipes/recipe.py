@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from pyro_vae.errors import ConfigError, UnknownNameError
+from pyro_vae.errors import ConfigError
 
 SIZES = ("hidden", "upper", "image_shape")  # the entries of a recipe that are lists
 
@@ -105,14 +105,3 @@ def refuse(recipe: Recipe, choice: str, *names: str) -> None:
         if getattr(recipe, name) != getattr(Recipe, name):
             option = name.replace("_", "-")
             raise ConfigError(f"{choice} has no use for {name} (--{option}): leave it out")
-
-
-def look_up(registry: Mapping[str, Any], name: str, kind: str) -> Any:
-    """What a registry has under a name.
-
-    Raises:
-        UnknownNameError: nothing; the message lists the names that there are.
-    """
-    if name not in registry:
-        raise UnknownNameError(f'unknown {kind} "{name}"; known are {", ".join(sorted(registry))}')
-    return registry[name]

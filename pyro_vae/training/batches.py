@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_vae.data import Split
+from pyro_vae.data import Split, as_tensor
 from pyro_vae.errors import ConfigError, DataError
 from pyro_vae.likelihoods.base import check_finite, first
 
@@ -271,28 +270,11 @@ def as_split(data: Any) -> Split:
     """
     if isinstance(data, Split):
         return data
-    return Split(data if isinstance(data, Tensor) else _as_tensor(data))
-
-
-def _as_tensor(data: Any) -> Tensor:
-    if np.ma.is_masked(data):
-        raise DataError(
-            f"data with {int(np.ma.count_masked(data))} masked values, which numpy keeps under the "
-            "mask: fill them with NaN (data.filled(np.nan)) and let "
-            "likelihoods.Incomplete leave them out"
-        )
     try:
-        # numpy would stack (x, y) into one array, and read a dataset's items as rows
-        if isinstance(data, Dataset) or (
-            isinstance(data, tuple) and any(hasattr(part, "shape") for part in data)
-        ):
-            raise TypeError("which of its parts is the data, it does not say")
-        # torch warns of arrays that are read-only, as a data frame's are
-        return torch.as_tensor(np.require(data, requirements=["C", "W"]))
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"data of type {type(data).__name__} is no array: {error}. {TAKEN}"
-        ) from error
+        x = as_tensor(data)
+    except DataError as error:
+        raise DataError(f"{error}. {TAKEN}") from error
+    return Split(x)
 
 
 def _move(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -115,9 +115,14 @@ def set_weights(module: nn.Module, source: Mapping[str, Tensor]) -> None:
         tensor.copy_(source[name])
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's weights alone: what to hand to others."""
-    save_tree(path, {"weights": weights(module)})
+def save_weights(module: nn.Module, path: str | Path) -> None:
+    """Write a module's weights alone, in place of any file at `path`: what to hand to others.
+
+    Raises:
+        RunPermissionError: the file cannot be written (no such folder, a full disk); the one
+            before is intact.
+    """
+    save_tree(Path(path), {"weights": weights(module)})
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,13 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import programs
+from pyro_vae.checks import positive
 from pyro_vae.errors import ConfigError, PyroVAEError, ShapeError, SiteError
 from pyro_vae.objectives import Objective, Terms
 from pyro_vae.training.batches import Batch
 from pyro_vae.training.guard import Guard
 from pyro_vae.training.metrics import summary_writer
 from pyro_vae.training.settings import MakeOptimizer, MakeScheduler, Settings
-
-
-def whole(name: str, value: Any) -> int:
-    """A whole number, numpy's included, as an int.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ConfigError(f"{name} must be a whole number, got {value!r}") from error
 
 
 def check_settings(settings: Settings) -> None:
@@ -55,8 +42,8 @@ def check_settings(settings: Settings) -> None:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     for name in ("learning_rate", "gradient_clip"):
         value = getattr(settings, name)
-        if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
-            raise ConfigError(f"{name} must be positive and finite, got {value!r}")
+        if value is not None:
+            positive(name, value)
     if settings.seed < 0:
         raise ConfigError(f"seed must not be negative, got {settings.seed}")
     if schedule is not None and not hasattr(objective, "kl_weight"):

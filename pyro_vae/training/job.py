@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from pyro_vae.checks import whole
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.seeding import seeded
 from pyro_vae.training import checkpoint
@@ -26,7 +27,6 @@ from pyro_vae.training.checks import (
     try_again,
     try_program,
     weights_of,
-    whole,
 )
 from pyro_vae.training.devices import launch, parameter_dtype
 from pyro_vae.training.folder import MODEL, check_free, check_resumable, write_config

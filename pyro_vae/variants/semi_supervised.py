@@ -8,9 +8,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.checks import at_least, nonnegative
 from pyro_vae.data import UNKNOWN, one_hot
-from pyro_vae.errors import ConfigError
-from pyro_vae.networks import check_sizes
 from pyro_vae.typing import Conditional, Distribution
 from pyro_vae.vae import Generative, ProgramModule
 from pyro_vae.variants.parts import check_labels, known_or
@@ -51,9 +50,8 @@ class SemiSupervisedVAE(Generative):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(num_classes)
-        if not 0 <= label_weight < float("inf"):
-            raise ConfigError(f"label_weight must be finite and not negative, got {label_weight}")
+        at_least("num_classes", num_classes, 1)
+        nonnegative("label_weight", label_weight)
         self.model = ClassModel(
             prior, likelihood, num_classes, classifier if label_weight else None, label_weight,
             name and f"{name}.model",
