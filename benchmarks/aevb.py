@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import pyro_vae as pv
 from benchmarks import report
-from pyro_vae.evidence import Settings
+from pyro_vae.evidence import Annealing
 from pyro_vae.plots import style
 from pyro_vae.seeding import derive, seeded
 
@@ -84,7 +84,7 @@ def evaluate(vae: pv.VAE, x: torch.Tensor, temperatures: int) -> dict[str, Any]:
     """log p(x), its error, and how many of the data are annealed, and flagged all the same."""
     found = pv.log_marginal(
         vae.model, vae.guide, x, num_samples=5000, method="auto",
-        annealing=Settings(temperatures=temperatures), progress=False,
+        annealing=Annealing(temperatures=temperatures), progress=False,
     )  # fmt: skip
     return {
         "log_px": found.mean,

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from benchmarks import pythae_peer, report
 from benchmarks.mnist import BATCH, LATENT, make_vae
-from pyro_vae.evidence import Settings
+from pyro_vae.evidence import Annealing
 
 COMMAND = "PYRO_VAE_DATA=... OMP_NUM_THREADS=1 python -m benchmarks.evidence"
-LONG = Settings(chains=32, temperatures=400, leapfrogs=5)
+LONG = Annealing(chains=32, temperatures=400, leapfrogs=5)
 
 # what a way returns: log p(x), `(N,)`, or None where it does not tell a datum's
 Found = Tensor | None

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from benchmarks import report
-from pyro_vae.evidence import Settings
+from pyro_vae.evidence import Annealing
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.evidence_auto"
-LONG = Settings(chains=48, temperatures=200, leapfrogs=5)
+LONG = Annealing(chains=48, temperatures=200, leapfrogs=5)
 MODELS = {"10 latents, [100]": (10, [100]), "20 latents, [200, 200]": (20, [200, 200])}
 
 

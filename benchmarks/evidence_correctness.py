@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from benchmarks import report
-from pyro_vae.evidence import Settings, ais, draws
+from pyro_vae.evidence import Annealing, ais, draws
 
 COMMAND = "python -m benchmarks.evidence_correctness"
-SHORT = Settings(chains=8, temperatures=15, leapfrogs=3)
+SHORT = Annealing(chains=8, temperatures=15, leapfrogs=3)
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def annealing() -> Iterator[Row]:
     pair = VampLike()
     x = (torch.rand(60, 8, generator=torch.Generator().manual_seed(2)) < 0.5).double()
     exact = pv.log_marginal(pair.model, pair.guide, x, method="grid").log_px
-    settings = Settings(chains=8, temperatures=30, leapfrogs=3)
+    settings = Annealing(chains=8, temperatures=30, leapfrogs=3)
     found = pv.log_marginal(
         pair.model, pair.guide, x, method="ais", start="prior", annealing=settings
     )

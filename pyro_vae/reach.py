@@ -118,19 +118,36 @@ class Reached(NamedTuple):
 
 def reach(roots: Mapping[str, Any]) -> Reached:
     """Everything that can be reached from these modules, functions, objects and objectives now."""
-    names: set[str] = set()
+    names = _Names(set(), set())
     while True:
-        search, known = _Search(names), len(names)
+        search, known = _Search(names), names.number
         for label, root in roots.items():
             search.visit(root, label)
-        if len(names) == known:
+        if names.number == known:
             return Reached(search.modules, search.places, set(search.seen))
+
+
+class _Names(NamedTuple):
+    """What the code seen so far names.
+
+    Attributes:
+        read: attributes.
+        asked: texts in code that asks for attributes by their text, there or not (`getattr`).
+    """
+
+    read: set[str]
+    asked: set[str]
+
+    @property
+    def number(self) -> int:
+        """How many names there are."""
+        return len(self.read) + len(self.asked)
 
 
 class _Search:
     """One walk, which enters the entries that are named by the code seen so far."""
 
-    def __init__(self, names: set[str]) -> None:
+    def __init__(self, names: _Names) -> None:
         self.modules: dict[nn.Module, str] = {}
         self.places: list[AnyPlace] = []
         self.seen: dict[int, Any] = {}  # the things too, so that none makes room for another
@@ -201,9 +218,11 @@ class _Search:
         for base in type(thing).__mro__:
             if _is_users(base.__module__):
                 self.visit(base, base.__qualname__)
-                for key, value in vars(base).items():
-                    hidden = not hasattr(thing, "__dict__") or key in vars_of(thing)
-                    if self._is_named(key) and is_constant(value) and not hidden:
+                defaults = {
+                    k for k, v in vars(base).items() if self._is_named(k) and is_constant(v)
+                }
+                for key in (defaults | self._names.asked) - vars_of(thing).keys():
+                    if hasattr(thing, "__dict__"):
                         self.places.append(Place(thing, "__dict__", key, f"{label}.{key}"))
 
     def _class(self, cls: type, label: str) -> None:
@@ -215,8 +234,8 @@ class _Search:
 
     def _function(self, function: FunctionType, label: str) -> None:
         users = _is_users(function.__globals__.get("__name__", ""))
-        names = function.__code__.co_freevars
-        for name, cell in zip(names, function.__closure__ or (), strict=True):
+        closure = function.__code__.co_freevars
+        for name, cell in zip(closure, function.__closure__ or (), strict=True):
             place = CellPlace(cell, f"{label}: {name}")
             if users:
                 self._hold(place, name)
@@ -224,9 +243,10 @@ class _Search:
                 self.visit(place.get(), name)
         if not users:
             return
-        attributes, variables = _names(function.__code__)
-        self._names |= attributes
-        for name in variables:
+        names = _names(function.__code__)
+        self._names.read.update(names.attributes)
+        self._names.asked.update(names.asked)
+        for name in names.variables:
             if name in function.__globals__:
                 self._hold(Place(function, "__globals__", name, name), name)
 
@@ -254,7 +274,7 @@ class _Search:
 
     def _imported(self, module: ModuleType, label: str) -> None:
         for key in list(vars(module)):
-            if key in self._names:
+            if key in self._names.read:
                 self._hold(Place(module, "__dict__", key, f"{label}.{key}"))
 
     def _hold(self, place: AnyPlace, name: str = "") -> None:
@@ -267,7 +287,7 @@ class _Search:
         return records or _has_foreign_code(cls) or self._is_named(key)
 
     def _is_named(self, key: str) -> bool:
-        return key in self._names or not self._names.isdisjoint(_LOOKUPS)
+        return key in self._names.read or not self._names.read.isdisjoint(_LOOKUPS)
 
 
 CONSTANTS = (bool, int, float, complex, str, type(None), np.generic, torch.dtype, torch.device)
@@ -306,21 +326,30 @@ def _slots(cls: type) -> Iterable[str]:
     return (slots,) if isinstance(slots, str) else slots
 
 
+class _Code(NamedTuple):
+    """What code names, that within it included."""
+
+    attributes: set[str]
+    variables: set[str]
+    asked: set[str]
+
+
 @cache
-def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """The attributes and the global variables that code names, that within it included."""
-    attributes, variables = set(), set()
+def _names(code: CodeType) -> _Code:
+    attributes, variables, asked = _Code(set(), set(), set())
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             variables.add(instruction.argval)
         elif instruction.opcode in dis.hasname:
             attributes.add(instruction.argval)
     attributes |= variables & _LOOKUPS
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner = _names(constant)
-            attributes, variables = attributes | inner[0], variables | inner[1]
-    return attributes, variables
+    if variables & {"getattr", "hasattr"}:
+        asked |= {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    for inner in (_names(c) for c in code.co_consts if isinstance(c, CodeType)):
+        attributes |= inner.attributes
+        variables |= inner.variables
+        asked |= inner.asked
+    return _Code(attributes, variables, asked)
 
 
 def _is_users(module: str | None) -> bool:

@@ -1,6 +1,7 @@
 """The compiled objective against the eager one: the same draws give the same numbers."""
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -440,12 +441,21 @@ class TestWhatCannotBeCompiled:
         with pytest.raises(CompileError, match="would be frozen"):
             trace(lambda: [x * stray], [x])
 
-    def test_random_numbers_of_numpy_would_be_frozen(self) -> None:
-        with pytest.raises(CompileError, match="numpy's generator"):
+    @pytest.mark.parametrize(
+        ("holder", "draw"),
+        [
+            (np.random, "rand"),
+            (random, "random"),
+            (np.random.default_rng(0), "random"),
+            (np.random.RandomState(0), "rand"),
+            (random.Random(0), "random"),
+        ],
+        ids=["numpy", "Python", "numpy's Generator", "RandomState", "Random"],
+    )
+    def test_random_numbers_not_of_torch_would_be_frozen(self, holder: Any, draw: str) -> None:
+        with pytest.raises(CompileError, match="numpy's generators"):
             pv.compile(
-                program(lambda x: x * np.random.rand()),  # noqa: NPY002
-                torch.ones(3),
-                backend="eager",
+                program(lambda x: x * getattr(holder, draw)()), torch.ones(3), backend="eager"
             )
 
     def test_an_attribute_that_counts_the_calls(self) -> None:

@@ -80,6 +80,11 @@ def a_number_that_becomes_a_tensor() -> tuple[Any, Change]:
     return plain.model, lambda: setattr(plain, "weight", torch.linspace(1, 2, 4))
 
 
+def an_attribute_asked_for() -> tuple[Any, Change]:
+    plain = Plain()
+    return scaled(lambda: getattr(plain, "late", 1.0)), lambda: setattr(plain, "late", 2.0)
+
+
 def a_numpy_scalar() -> tuple[Any, Change]:
     plain = Plain(np.float32(1.0))
     return scaled(lambda: torch.ones(()) * plain.scale()), lambda: setattr(
@@ -215,8 +220,8 @@ CHANGES = {
     function.__name__: function
     for function in (
         a_default_overridden, a_class_attribute, a_plain_objects_attribute, a_plain_objects_tensor,
-        a_number_that_becomes_a_tensor, a_numpy_scalar, a_numpy_array, a_submodule, a_function,
-        a_forward_hook, a_handlers_number, a_handlers_data, a_constraint, a_parameters_hook,
+        a_number_that_becomes_a_tensor, an_attribute_asked_for, a_numpy_scalar,
+        a_numpy_array, a_submodule, a_function, a_forward_hook, a_handlers_number, a_handlers_data, a_constraint, a_parameters_hook,
     )
 } | {
     "a namespace": from_settings(

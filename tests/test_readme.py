@@ -154,7 +154,7 @@ def test_the_code_runs_in_order(
     for long, shorter in SHORTER.items():
         assert long in script, long
         script = script.replace(long, shorter)
-    names: dict[str, Any] = {"few": few, "short": pv.evidence.Settings(4, 5, 2)}
+    names: dict[str, Any] = {"few": few, "short": pv.evidence.Annealing(4, 5, 2)}
     exec(compile(script, str(ROOT / "README.md"), "exec"), names)
     said = capsys.readouterr().out
     assert "log p(x)" in said

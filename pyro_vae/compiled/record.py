@@ -210,12 +210,12 @@ def _run(
     run: Run, arguments: Sequence[Tensor], territory: Territory, changes: Changes
 ) -> Recording:
     known = places.tensors(territory.places())
-    python_state, numpy_state = random.getstate(), _numpy_state()
+    before = _foreign_draws(territory)
     with Recorder() as recorder:
         outputs = list(run()[0])
-    if random.getstate() != python_state or _numpy_state() != numpy_state:
+    if _foreign_draws(territory) != before:
         raise CompileError(
-            "the program draws from Python's or numpy's generator, and its draws would be frozen: "
+            "the program draws from Python's or numpy's generators, and its draws would be frozen: "
             "draw with torch or with pyro.sample"
         )
     own = {id(t): Held(t, "an argument") for t in arguments}
@@ -259,6 +259,13 @@ def _inventory(territory: Territory) -> Counter[tuple[str, Any]]:
     return entries
 
 
-def _numpy_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    return name, keys.tobytes(), *rest  # type: ignore[union-attr]
+def _foreign_draws(territory: Territory) -> list[str]:
+    """The states of the generators that are not torch's, those that the program holds included."""
+    held = [place.get() for place in territory.places()]
+    return [
+        repr(random.getstate()),
+        repr(np.random.get_state(legacy=False)),  # noqa: NPY002
+        *(repr(g.getstate()) for g in held if isinstance(g, random.Random)),
+        *(repr(g.bit_generator.state) for g in held if isinstance(g, np.random.Generator)),
+        *(repr(g.get_state(legacy=False)) for g in held if isinstance(g, np.random.RandomState)),
+    ]

@@ -10,7 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Adam, AdamW
+
+from pyro_vae.errors import ConfigError
 
 KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -148,6 +151,11 @@ class AdamUpdate:
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state[parameter]
         if not state:
+            if is_lazy(parameter):
+                raise ConfigError(
+                    f"the optimizer holds a {type(parameter).__name__}: run model and guide once "
+                    "before they are trained"
+                )
             state["step"] = torch.zeros((), dtype=torch.get_default_dtype())
             for name in MOMENTS:
                 state[name] = torch.zeros_like(

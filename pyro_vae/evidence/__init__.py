@@ -8,8 +8,6 @@ from pyro_vae.evidence.marginal import log_marginal
 from pyro_vae.evidence.posterior import posterior_draws
 from pyro_vae.evidence.result import Evidence
 
-Settings = Annealing  # its former name
-
 __all__ = [
     "Annealing",
     "Comparison",
