@@ -221,7 +221,8 @@ CHANGES = {
     for function in (
         a_default_overridden, a_class_attribute, a_plain_objects_attribute, a_plain_objects_tensor,
         a_number_that_becomes_a_tensor, an_attribute_asked_for, a_numpy_scalar,
-        a_numpy_array, a_submodule, a_function, a_forward_hook, a_handlers_number, a_handlers_data, a_constraint, a_parameters_hook,
+        a_numpy_array, a_submodule, a_function, a_forward_hook, a_handlers_number, a_handlers_data,
+        a_constraint, a_parameters_hook,
     )
 } | {
     "a namespace": from_settings(
