@@ -7,16 +7,17 @@ are all seen; and a number, a module or a function that changed is known to inva
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
+from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_vae import reach
-from pyro_vae.compiled.update import MOMENTS, AdamUpdate
+from pyro_vae.compiled.update import COUNT, MOMENTS, AdamUpdate
 from pyro_vae.reach import Place, is_constant
 
 
@@ -108,7 +109,7 @@ class Territory:
         optimizer = self.update.optimizer
         return [
             Moment(optimizer, p, key, f"the optimizer's {key}")
-            for p in self.update.parameters() for key in MOMENTS
+            for p in self.update.parameters() for key in (*MOMENTS, COUNT)
         ]  # fmt: skip
 
 
@@ -122,6 +123,12 @@ def _stored() -> Iterator[Place]:
 
 def _is_granted(value: Any) -> bool:
     return is_constant(value) or callable(value) or isinstance(value, np.ndarray)
+
+
+def reader(place: AnyPlace) -> Callable[[], Any]:
+    """How to look at a place at every step. Objects keep their dictionaries; a store may not."""
+    stable = isinstance(place, Place) and not isinstance(place.owner, ParamStoreDict)
+    return place.reader() if stable else place.get  # type: ignore[union-attr]
 
 
 def same(now: Any, then: Any) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from pyro_vae.compiled.guard import check_agreement, check_changes
-from pyro_vae.compiled.places import AnyPlace, Moment, Territory, same
+from pyro_vae.compiled.places import AnyPlace, Moment, Territory, reader, same
 from pyro_vae.compiled.record import (
     Recording,
     Run,
@@ -77,12 +78,8 @@ class Program:
         used = _prune(graph)
         self._sources: list[Argument | AnyPlace] = [sources[i] for i in used]
         self.arguments = [n for n, s in enumerate(self._sources) if isinstance(s, Argument)]
-        self._signatures = [signature(inputs[i]) for i in used]
-        self._moments = [
-            inputs[i] if isinstance(source, Moment) else None
-            for i, source in zip(used, self._sources, strict=True)
-        ]
-        self._frozen = recording.frozen
+        self._frozen = [(reader(place), value) for place, value in recording.frozen]
+        self._look_up = _LookUp(self._sources, [inputs[i] for i in used])
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         self.static = tree_map_only(Tensor, lambda t: positions.get(id(t)), self.static)
         self._wanted = [positions[id(t)] for t in wanted]
@@ -96,20 +93,10 @@ class Program:
 
     def inputs(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
         """The graph's inputs as they are now, or None if it was made for others."""
-        for place, value in self._frozen:
-            if (now := place.get()) is not value and not same(now, value):
+        for read, value in self._frozen:
+            if (now := read()) is not value and not same(now, value):
                 return None
-        values = [
-            arguments[source.index] if isinstance(source, Argument) else source.get()
-            for source in self._sources
-        ]
-        for value, moment, expected in zip(values, self._moments, self._signatures, strict=True):
-            # a parameter may change its layout and stay the object it is, a moment does not
-            if value is moment and value is not None:
-                continue
-            if not isinstance(value, Tensor) or signature(value) != expected:
-                return None
-        return values
+        return self._look_up(arguments)
 
     def __call__(self, inputs: list[Tensor]) -> Results:
         """Run the graph on what `inputs` returned."""
@@ -146,6 +133,47 @@ class Program:
             nudged = again()
             compare(nudged.outputs, nudged.found, nudged.changed)
         self.checked = all(bool(t.isfinite().all()) for t in (*eager.outputs, *eager.found))
+
+
+class _LookUp:
+    """Finds the inputs of a graph, and sees that they are such as it was made for."""
+
+    def __init__(self, sources: Sequence[Argument | AnyPlace], examples: Sequence[Tensor]) -> None:
+        self._count = len(sources)
+        self._arguments: list[tuple[int, int]] = []
+        self._places: list[tuple[int, Callable[[], Any], Any]] = []
+        self._moments: dict[Tensor, list[tuple[int, str, Tensor, Any]]] = {}
+        self._optimizer: Optimizer | None = None
+        for n, (source, example) in enumerate(zip(sources, examples, strict=True)):
+            if isinstance(source, Argument):
+                self._arguments.append((n, source.index))
+            elif isinstance(source, Moment):
+                self._optimizer = source.optimizer
+                entry = (n, source.key, example, signature(example))
+                self._moments.setdefault(source.parameter, []).append(entry)
+            else:
+                self._places.append((n, reader(source), signature(example)))
+
+    def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
+        """The inputs; None where one is not what it was."""
+        values: list[Any] = [None] * self._count
+        for n, index in self._arguments:  # known by the kind of the call
+            values[n] = arguments[index]
+        for n, read, expected in self._places:
+            value = values[n] = read()
+            if not isinstance(value, Tensor) or signature(value) != expected:
+                return None
+        state: Any = self._optimizer.state if self._optimizer is not None else {}
+        for parameter, entries in self._moments.items():
+            held = state.get(parameter, {})
+            for n, key, example, expected in entries:
+                value = values[n] = held.get(key)
+                # a parameter may change its layout and stay the object it is, a moment does not
+                if value is not example and (
+                    not isinstance(value, Tensor) or signature(value) != expected
+                ):
+                    return None
+        return values
 
 
 def signature(tensor: Tensor) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class Replayed:
         device = next((t.device for t in call.inputs if t.device.type == self._device_type), None)
         if device is None or self._failed:
             return call.run().outputs
-        where = tuple(map(_address, call.captured))
+        where = tuple(map(self._address, call.captured))
         captured = self._captured.get(call.program)
         if captured is None or captured.where != where:
             captured = self._captured[call.program] = _Captured(where)
@@ -59,6 +59,12 @@ class Replayed:
         for buffer, argument in zip(captured.buffers, call.arguments, strict=True):
             buffer.copy_(argument, non_blocking=True)
         return captured.replay()
+
+    def _address(self, tensor: Tensor) -> Any:
+        """Where a tensor lies; a number elsewhere, which is read at capture alone, as its value."""
+        if tensor.device.type != self._device_type and tensor.dim() == 0:
+            return tensor.item()
+        return tensor.data_ptr()
 
     def _try_to_capture(self, captured: _Captured, call: Call, device: torch.device) -> None:
         captured.buffers = [argument.detach().clone() for argument in call.arguments]
@@ -79,13 +85,6 @@ class _Captured:
     runs: int = 0
     buffers: list[Tensor] = field(default_factory=list)
     replay: Callable[[], Outputs] | None = None
-
-
-def _address(tensor: Tensor) -> Any:
-    """Where a tensor lies; a number on the CPU, which is read at capture alone, as its value."""
-    if tensor.device.type == "cpu" and tensor.dim() == 0:
-        return tensor.item()
-    return tensor.data_ptr()
 
 
 def cuda_graph(function: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:

@@ -89,7 +89,7 @@ class Step:
         argument wants a gradient too, or the optimizer holds a parameter that the computation does
         not use any more."""
         pending = self._update.begin()
-        if pending is None or any(map(_wants_gradient, tree_iter((args, kwargs)))):
+        if pending is None or _want_gradients(args, kwargs):
             return None
         with torch.enable_grad():
             call = self._graph(pending).prepare(pending.numbers, *args, **kwargs)
@@ -134,5 +134,10 @@ class Step:
         return [finite, *outputs], (static, updated)
 
 
-def _wants_gradient(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
+def _want_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    leaves = tree_iter((args, kwargs)) if kwargs or not _are_plain(args) else args
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    return all(type(argument) is Tensor for argument in args)

@@ -17,6 +17,7 @@ from pyro_vae.errors import ConfigError
 
 KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNT = "step"
 _NUMBERS = 7
 Decay = Literal["none", "coupled", "decoupled"]
 
@@ -26,7 +27,7 @@ class Pending(NamedTuple):
 
     Attributes:
         parameters: those that want a gradient, in the order of their groups.
-        counts: of the steps that each has taken, the optimizer's own tensors.
+        counts: of the steps that each has taken, the optimizer's own tensors on the CPU.
         numbers: what may change from step to step, `(parameters, 7)`: the step size over the first
             moment's correction, the root of the second's, 1 - beta1, beta2, 1 - beta2, epsilon, and
             the share or the weight of decay.
@@ -85,8 +86,8 @@ class AdamUpdate:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
-                steps = self._state(parameter)["step"]
-                if parameter.grad is not None or not steps.is_cpu or _is_special(parameter):
+                steps = self._state(parameter)[COUNT]
+                if parameter.grad is not None or not steps.is_cpu or _has_hooks(parameter):
                     return None
                 count = steps.item() + 1
                 if count != last:
@@ -97,9 +98,10 @@ class AdamUpdate:
                 counts.append(steps)
                 numbers += row
                 decays.append(decay)
-        if len({parameter.device for parameter in parameters}) != 1:
-            return None
         dtypes = {parameter.dtype for parameter in parameters}
+        devices = {parameter.device for parameter in parameters}
+        if len(devices) != 1 or any(dtype.is_complex for dtype in dtypes):
+            return None
         # a flat list, which torch reads several times as fast
         table = torch.tensor(numbers, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float64)
         if not parameters[0].is_cpu:
@@ -141,10 +143,17 @@ class AdamUpdate:
             p = p - step_size * m / (v.sqrt() / root + eps)
             for held, new in ((parameter, p), (first, m), (second, v)):
                 held.copy_(torch.where(finite, new, held))
+            if parameter.is_cpu:
+                count = self.optimizer.state[parameter][COUNT]
+                count.copy_(torch.where(finite, count + 1, count))
 
     def finish(self, pending: Pending, updated: Sequence[int]) -> None:
-        """Say that these parameters, by number, have taken the step."""
-        torch._foreach_add_([pending.counts[i] for i in updated], 1)
+        """Say that these parameters, by number, have taken the step.
+
+        On a GPU they are counted here; the graph, captured, can't change a number on the CPU.
+        """
+        if not pending.parameters[0].is_cpu:
+            torch._foreach_add_([pending.counts[i] for i in updated], 1)
         # torch's schedulers ask whether a step was taken
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -156,7 +165,7 @@ class AdamUpdate:
                     f"the optimizer holds a {type(parameter).__name__}: run model and guide once "
                     "before they are trained"
                 )
-            state["step"] = torch.zeros((), dtype=torch.get_default_dtype())
+            state[COUNT] = torch.zeros((), dtype=torch.get_default_dtype())
             for name in MOMENTS:
                 state[name] = torch.zeros_like(
                     parameter, memory_format=torch.preserve_format, requires_grad=False
@@ -164,7 +173,7 @@ class AdamUpdate:
         return state
 
 
-def _is_special(parameter: Tensor) -> bool:
-    """Whether the parameter has hooks, which a graph does not call, or is complex."""
+def _has_hooks(parameter: Tensor) -> bool:
+    """Whether the parameter has hooks, which a graph does not call."""
     hooks: Any = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
-    return bool(hooks) or parameter.is_complex()
+    return bool(hooks)
