@@ -81,6 +81,9 @@ def ways(case: Case) -> dict[str, Callable[[], Step]]:
     steps: dict[str, Callable[[], Step]] = {OURS: lambda: compiled(case)}
     for kind, loss in case.pyro.items():
         steps[f"Pyro {kind}"] = partial(pyro_svi, case, loss)
+    # the first of them without the checks of arguments that Pyro makes unless told otherwise
+    kind, loss = next(iter(case.pyro.items()))
+    steps[f"Pyro {kind}, validation off"] = partial(pyro_svi, case, loss, validation=False)
     steps[BY_HAND] = lambda: by_hand(case, compile=False)
     steps[f"{BY_HAND}, torch.compile"] = lambda: by_hand(case, compile=True)
     if case.samples is not None and pythae_peer.is_installed():
@@ -101,8 +104,9 @@ def compiled_svi(case: Case) -> pv.CompiledSVI:
     return pv.CompiledSVI(model, guide, optim, case.objective)
 
 
-def pyro_svi(case: Case, loss: Any) -> Step:
+def pyro_svi(case: Case, loss: Any, validation: bool = True) -> Step:
     """Pyro's step."""
+    pyro.enable_validation(validation)
     pyro.clear_param_store()
     model, guide, _, _ = case.pair()
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), loss)

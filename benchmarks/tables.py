@@ -240,16 +240,25 @@ def evidence_whole(report: dict[str, Any]) -> str:
 
 
 def train_step(report: dict[str, Any]) -> str:
-    """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios."""
-    models = report["results"]["models"]
+    """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios; a table for
+    each processor."""
+    return "\n\n".join(
+        _steps(processor, found["models"]) for processor, found in report["results"].items()
+    )
+
+
+def _steps(processor: str, models: dict[str, Any]) -> str:
     peers = list(dict.fromkeys(peer for model in models.values() for peer in model["ours_over"]))
+    ours = [f"{model['milliseconds']['compiled']:.2f} ms" for model in models.values()]
     rows = [
-        [name, f"{model['milliseconds']['compiled']:.2f} ms"]
-        + [f"{model['ours_over'][p]:.2f}" if p in model["ours_over"] else "–" for p in peers]
-        for name, model in models.items()
+        [f"over {peer}"]
+        + [
+            f"{m['ours_over'][peer]:.2f}" if peer in m["ours_over"] else "–"
+            for m in models.values()
+        ]
+        for peer in peers
     ]
-    processor = report["machine"]["processor"]
-    return table([processor, "compiled", *(f"over {peer}" for peer in peers)], rows)
+    return table([processor, *models], [["compiled", *ours], *rows])
 
 
 def start_up(report: dict[str, Any]) -> str:

@@ -182,6 +182,20 @@ def plot(models: dict[str, Any]) -> Figure:
     return figure
 
 
+def _add(results: dict[str, Any], figure: Figure) -> None:
+    """Write the results beside those of other machines: which library is the faster at a matrix
+    product, and so by how much a step can be faster, is a property of the processor."""
+    made = report.provenance(COMMAND)
+    processor = made["machine"]["processor"]
+    stored = report.read("train_step")
+    report.write_studies(
+        "train_step",
+        {**stored["studies"], processor: made},
+        {**stored["results"], processor: results},
+        figure,
+    )
+
+
 def main() -> None:
     """Measure, print, and write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -195,7 +209,7 @@ def main() -> None:
             name, *(f"{v:9.2f} ms  {n}" for n, v in models[name]["milliseconds"].items()), sep="\n"
         )
     results = {"models": models, "load_average": os.getloadavg()[0]}
-    report.write("train_step", COMMAND, results, plot(models))
+    _add(results, plot(models))
     first = next(iter(models))
     results = {"model": first, "first_step": start_up(first), "import_seconds": import_time()}
     report.write("start_up", COMMAND, results)

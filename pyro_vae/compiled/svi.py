@@ -34,8 +34,9 @@ class CompiledSVI:
     (What a guide draws to set itself up, as Pyro's AutoGuides do at their first call, does not
     count: the generators are put back.) The first step with each kind of arguments takes seconds,
     in which the program is traced, fused and held against the eager loss and gradients on the same
-    draws. `pyro_vae.compile` says what a program must keep to. Model, guide, optimizer and loss may
-    be exchanged for others (`svi.optim = ...`), which compiles anew.
+    draws. `pyro_vae.compile` says what a program must keep to, and what compiling does to the
+    process's memory. Model, guide, optimizer and loss may be exchanged for others
+    (`svi.optim = ...`), which compiles anew.
 
     Args:
         model, guide: the programs.

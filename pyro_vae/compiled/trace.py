@@ -4,7 +4,8 @@ A run is recorded first, to learn which tensors the program uses and what it cha
 `make_fx` runs it once more with these very tensors as the graph's inputs: the effect handlers, the
 parameter store and autograd do their work in Python for the last time, and what is left is the
 arithmetic. Because the gradients are taken inside the run, everything autograd knows (detached
-values, no_grad blocks, hooks, a nested `torch.autograd.grad`) is in the graph as it was.
+values, no_grad blocks, hooks within the program, a nested `torch.autograd.grad`) is in the graph as
+it was.
 """
 
 from __future__ import annotations
