@@ -13,16 +13,18 @@ import dataclasses
 import dis
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import nn
+
+from pyro_vae.held import AnyPlace, CellPlace, Item, Place, Size, Slot, is_constant
 
 _LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
@@ -32,78 +34,6 @@ _RECORDS = types.SimpleNamespace | argparse.Namespace
 _LOOKUPS = {"getattr", "hasattr", "vars", "__dict__", "asdict", "attrgetter", "eval", "exec"}
 # of a list or dictionary; the entries of a longer one are not watched
 LONGEST = 64
-
-
-class Place(NamedTuple):
-    """One entry of one of an object's dictionaries: `getattr(owner, table)[key]`."""
-
-    owner: Any
-    table: str
-    key: str
-    label: str
-
-    def get(self) -> Any:
-        """What is there now; None where the entry has gone."""
-        return getattr(self.owner, self.table).get(self.key)
-
-    def reader(self) -> Callable[[], Any]:
-        """`get`, faster, for as long as the owner keeps its dictionary."""
-        return partial(getattr(self.owner, self.table).get, self.key)
-
-
-class CellPlace(NamedTuple):
-    """A variable that a function closes over."""
-
-    cell: CellType
-    label: str
-
-    def get(self) -> Any:
-        """What the variable holds now; None where it is not bound."""
-        try:
-            return self.cell.cell_contents
-        except ValueError:
-            return None
-
-
-class Item(NamedTuple):
-    """An entry of a list or a dictionary."""
-
-    container: Any
-    key: Any
-    label: str
-
-    def get(self) -> Any:
-        """What is there now; None where the entry has gone."""
-        try:
-            return self.container[self.key]
-        except LookupError:
-            return None
-
-
-class Size(NamedTuple):
-    """How many entries a list or a dictionary has."""
-
-    container: Any
-    label: str
-
-    def get(self) -> Any:
-        """The number now."""
-        return len(self.container)
-
-
-class Slot(NamedTuple):
-    """An attribute of an object without a dictionary."""
-
-    owner: Any
-    key: str
-    label: str
-
-    def get(self) -> Any:
-        """What is there now; None where the attribute has gone."""
-        return getattr(self.owner, self.key, None)
-
-
-AnyPlace = Place | CellPlace | Item | Size | Slot
 
 
 class Reached(NamedTuple):
@@ -125,8 +55,7 @@ def reach(roots: Mapping[str, Any]) -> Reached:
     names = _Names(set(), set())
     while True:
         search, known = _Search(names), names.number
-        for label, root in roots.items():
-            search.visit(root, label)
+        search.walk(roots)
         if names.number == known:
             return Reached(search.modules, search.places, set(search.seen))
 
@@ -156,13 +85,20 @@ class _Search:
         self.places: list[AnyPlace] = []
         self.seen: dict[int, Any] = {}  # the things too, so that none makes room for another
         self._names = names
+        self._ahead: deque[tuple[Any, str]] = deque()
 
-    def visit(self, thing: Any, label: str) -> None:
-        """Add a thing and what it reaches."""
-        enter = self._way_into(thing)
-        if enter is not None and id(thing) not in self.seen:
+    def walk(self, roots: Mapping[str, Any]) -> None:
+        """Enter the roots, and whatever is found."""
+        for label, root in roots.items():
+            self._visit(root, label)
+        while self._ahead:
+            thing, label = self._ahead.popleft()
+            self._way_into(thing)(thing, label)
+
+    def _visit(self, thing: Any, label: str) -> None:
+        if id(thing) not in self.seen and self._way_into(thing) is not None:
             self.seen[id(thing)] = thing
-            enter(thing, label)
+            self._ahead.append((thing, label))
 
     def _way_into(self, thing: Any) -> Any:
         if isinstance(thing, nn.Module):
@@ -221,11 +157,11 @@ class _Search:
         """What an object has from its class, and what may come to hide it."""
         for base in type(thing).__mro__:
             if _is_users(base.__module__):
-                self.visit(base, base.__qualname__)
+                self._visit(base, base.__qualname__)
                 defaults = {
                     k for k, v in vars(base).items() if self._is_named(k) and is_constant(v)
                 }
-                for key in (defaults | self._names.asked) - vars_of(thing).keys():
+                for key in sorted((defaults | self._names.asked) - _vars_of(thing).keys()):
                     if hasattr(thing, "__dict__"):
                         self.places.append(Place(thing, "__dict__", key, f"{label}.{key}"))
 
@@ -234,7 +170,7 @@ class _Search:
             if key in ("forward", "__call__") or self._is_named(key):
                 self._hold(Place(cls, "__dict__", key, f"{label}.{key}"))
                 for part in _functions(value):
-                    self.visit(part, f"{label}.{key}")
+                    self._visit(part, f"{label}.{key}")
 
     def _function(self, function: FunctionType, label: str) -> None:
         users = _is_users(function.__globals__.get("__name__", ""))
@@ -244,26 +180,26 @@ class _Search:
             if users:
                 self._hold(place, name)
             else:
-                self.visit(place.get(), name)
+                self._visit(place.get(), name)
         if not users:
             return
         names = _names(function.__code__)
         self._names.read.update(names.attributes)
         self._names.asked.update(names.asked)
-        for name in names.variables:
+        for name in sorted(names.variables):
             if name in function.__globals__:
                 self._hold(Place(function, "__globals__", name, name), name)
 
     def _method(self, method: MethodType, label: str) -> None:
-        self.visit(method.__self__, label)
-        self.visit(method.__func__, label)
+        self._visit(method.__self__, label)
+        self._visit(method.__func__, label)
 
     def _partial(self, thing: partial[Any], label: str) -> None:
         for i, part in enumerate((thing.func, *thing.args, *thing.keywords.values())):
-            self.visit(part, f"{label}[{i}]")
+            self._visit(part, f"{label}[{i}]")
 
     def _wrapper(self, thing: Any, label: str) -> None:
-        self.visit(thing.__wrapped__, label)
+        self._visit(thing.__wrapped__, label)
 
     def _container(self, container: Any, label: str) -> None:
         if len(container) > LONGEST or is_constant(container):
@@ -274,7 +210,7 @@ class _Search:
 
     def _set(self, things: Iterable[Any], label: str) -> None:
         for thing in list(things):
-            self.visit(thing, label)
+            self._visit(thing, label)
 
     def _imported(self, module: ModuleType, label: str) -> None:
         for key in list(vars(module)):
@@ -283,7 +219,7 @@ class _Search:
 
     def _hold(self, place: AnyPlace, name: str = "") -> None:
         self.places.append(place)
-        self.visit(place.get(), name or place.label)
+        self._visit(place.get(), name or place.label)
 
     def _counts(self, cls: type, key: str) -> bool:
         """Whether some code may read this attribute of an instance of the class."""
@@ -294,17 +230,7 @@ class _Search:
         return key in self._names.read or not self._names.read.isdisjoint(_LOOKUPS)
 
 
-CONSTANTS = (bool, int, float, complex, str, type(None), np.generic, torch.dtype, torch.device)
-
-
-def is_constant(value: Any) -> bool:
-    """Whether this is a plain Python value, which programs can branch on or compute with."""
-    return isinstance(value, CONSTANTS) or (
-        isinstance(value, tuple | frozenset) and all(map(is_constant, value))
-    )
-
-
-def vars_of(thing: Any) -> Mapping[str, Any]:
+def _vars_of(thing: Any) -> Mapping[str, Any]:
     """An object's own attributes, those of a module's tables included."""
     own = getattr(thing, "__dict__", {})
     if not isinstance(thing, nn.Module):

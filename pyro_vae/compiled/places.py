@@ -16,9 +16,9 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_vae import reach
+from pyro_vae import held, reach
 from pyro_vae.compiled.update import COUNT, MOMENTS, AdamUpdate
-from pyro_vae.reach import Place, is_constant
+from pyro_vae.held import Place, is_constant
 
 
 class Held(NamedTuple):
@@ -45,7 +45,7 @@ class Moment(NamedTuple):
         return self.optimizer.state.get(self.parameter, {}).get(self.key)
 
 
-AnyPlace = reach.AnyPlace | Held | Moment
+AnyPlace = held.AnyPlace | Held | Moment
 
 
 class Territory:

@@ -20,9 +20,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.compiled import places
 from pyro_vae.compiled.places import AnyPlace, Held, Territory
-from pyro_vae.compiled.trace import Recorder
+from pyro_vae.compiled.recorder import Recorder
 from pyro_vae.errors import CompileError
-from pyro_vae.reach import Place, is_constant
+from pyro_vae.held import Place, is_constant
 
 # a program as it is traced: tensors to report, the loss first, and whatever stays as it is
 Run = Callable[[], tuple[Sequence[Tensor], Any]]

@@ -1,0 +1,76 @@
+"""Listens to the operations of an eager run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_vae.compiled.answers import ENUMERATION
+from pyro_vae.compiled.where import REMEDY, caller, where_now
+from pyro_vae.errors import CompileError
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the tensors that a program uses but did not make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
+        self._made = WeakTensorKeyDictionary()
+        self._memory: set[int] = set()  # that operations allocated
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            raise CompileError(
+                f"{where_now()} cannot be compiled: it draws from a generator of its own, which "
+                "would stand still: draw from torch's (torch.manual_seed)"
+            )
+        if func is torch.ops.aten.lift_fresh.default:  # a literal: torch.tensor(2.0)
+            self._made[args[0]] = True
+        given = set()
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, Tensor):
+                given.add(_memory_of(value))
+                # a new nn.Parameter is another object over memory that an operation allocated
+                if value not in self._made and _memory_of(value) not in self._memory:
+                    self.inputs.setdefault(id(value), value)
+                    self._versions.setdefault(id(value), value._version)
+        if (
+            torch.Tag.dynamic_output_shape in func.tags
+            and not _is_plain_indexing(func, args)
+            and caller() != ENUMERATION  # traced without, see `answers`
+        ):
+            raise CompileError(
+                f"{where_now()} cannot be compiled: the shape of its result depends on the values "
+                f"of a tensor. {REMEDY}."
+            )
+        out = func(*args, **kwargs)
+        for value in tree_iter(out):
+            # an in-place operation returns the tensor it was given
+            if isinstance(value, Tensor) and id(value) not in self.inputs:
+                self._made[value] = True
+                if _memory_of(value) not in given:
+                    self._memory.add(_memory_of(value))
+        return out
+
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether this input was changed in place."""
+        return tensor._version != self._versions[id(tensor)]
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def _is_plain_indexing(func: Any, args: Any) -> bool:
+    """Whether this is `x[indices]` by numbers, whose shape is known, not by a mask."""
+    return func is torch.ops.aten.index.Tensor and not any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
