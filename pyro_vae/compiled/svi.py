@@ -79,7 +79,9 @@ class CompiledSVI:
         roots = {"model": self.model, "guide": self.guide, "objective": self.loss}
         computation = loss_of(self.loss, self.model, self.guide)
         self._step = fuse_step(computation, roots, optim, self._backend)
-        self._loss = Fused(_registering(computation), Territory(roots), resolve(self._backend))
+        if isinstance(optim, PyroOptim):
+            computation = _registering(computation)
+        self._loss = Fused(computation, Territory(roots), resolve(self._backend))
         if self._step is None:
             _choose_fused(optim)
 
@@ -158,7 +160,8 @@ def _registering(computation: Computation) -> Computation:
         with poutine.trace(param_only=True) as registered:
             outputs, _ = computation(*args, **kwargs)
         sites: list[Any] = [site["value"] for site in registered.trace.nodes.values()]
-        found = [value.unconstrained() for value in sites]
+        # a module's own parameter, where modules keep them to themselves, is unconstrained itself
+        found = [v.unconstrained() if hasattr(v, "unconstrained") else v for v in sites]
         return outputs, list({id(parameter): parameter for parameter in found}.values())
 
     return registering
