@@ -197,4 +197,4 @@ def _fuse(
     computation: Any, objective: Any, model: Program, guide: Program, backend: str | Backend
 ) -> Fused:
     territory = Territory({"model": model, "guide": guide, "objective": objective})
-    return Fused(computation, territory, resolve(backend))
+    return Fused(computation, territory, resolve(backend, objective))

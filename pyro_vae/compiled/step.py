@@ -31,7 +31,8 @@ def fuse_step(
     """Loss, gradient and update as one graph; None for an optimizer that has to step by itself."""
     if not AdamUpdate.supports(optimizer):
         return None
-    return Step(computation, roots, AdamUpdate(optimizer), resolve(backend), gradient_clip)
+    made_by = resolve(backend, roots.get("objective"))
+    return Step(computation, roots, AdamUpdate(optimizer), made_by, gradient_clip)
 
 
 class Taken(NamedTuple):

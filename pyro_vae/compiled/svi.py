@@ -81,7 +81,7 @@ class CompiledSVI:
         self._step = fuse_step(computation, roots, optim, self._backend)
         if isinstance(optim, PyroOptim):
             computation = _registering(computation)
-        self._loss = Fused(computation, Territory(roots), resolve(self._backend))
+        self._loss = Fused(computation, Territory(roots), resolve(self._backend, self.loss))
         if self._step is None:
             _choose_fused(optim)
 
