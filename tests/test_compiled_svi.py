@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from compiled_models import FEATURES, LATENT, MODELS, binary, dropout, vae
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -213,3 +213,21 @@ print(counters["inductor"]["fxgraph_cache_hit"], compiled(torch.zeros(5, 6)).ite
     (hits, first), (hits_again, second) = (run.stdout.split() for run in runs)
     assert (hits, hits_again) == ("0", "1")
     assert first == second
+
+
+@needs_compiler
+def test_a_chain_that_is_enumerated_is_compiled_right() -> None:
+    """TorchInductor's vector code of this one is wrong, and the guard would say so."""
+    transition, loc = (nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.linspace(-2, 2, 8)))
+
+    def model(x: Tensor) -> None:
+        state: Any = 0
+        with pyro.plate("sequences", len(x)):
+            for t in pyro.markov(range(x.shape[1])):
+                states = dist.Categorical(logits=transition[state])
+                state = pyro.sample(f"state {t}", states, infer={"enumerate": "parallel"})
+                pyro.sample(f"x {t}", dist.Normal(loc[state], 1.0), obs=x[:, t])
+
+    loss, x = TraceEnum_ELBO(max_plate_nesting=1)(model, lambda x: None), torch.randn(64, 4)
+    compiled = pv.compile(loss, x)
+    torch.testing.assert_close(compiled(x), loss(x))
