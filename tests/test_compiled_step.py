@@ -61,6 +61,15 @@ def same(got: list[Tensor], wanted: list[Tensor], rtol: float = 1e-10) -> None:
         torch.testing.assert_close(g, w, rtol=rtol, atol=1e-13)
 
 
+def both_step(seed: int, svi: Any, mine: Any, twin: Any, its: Any, x: Tensor) -> None:
+    """A step of each on the same draws, after which they are the same."""
+    pyro.set_rng_seed(seed)
+    svi.step(x)
+    pyro.set_rng_seed(seed)
+    by_torch(twin, its, x)
+    same(flat(mine), flat(its))
+
+
 class TestTheUpdate:
     @pytest.mark.parametrize("name", KINDS)
     def test_it_is_torchs(self, name: str) -> None:
@@ -93,11 +102,7 @@ class TestTheUpdate:
         for seed, (lr, beta) in enumerate([(0.1, 0.9), (0.02, 0.9), (0.02, 0.5)]):
             for optimizer in (mine, its):
                 optimizer.param_groups[0].update(lr=lr, betas=(beta, 0.99))
-            pyro.set_rng_seed(seed)
-            svi.step(x)
-            pyro.set_rng_seed(seed)
-            by_torch(twin, its, x)
-            same(flat(mine), flat(its))
+            both_step(seed, svi, mine, twin, its, x)
         assert len(svi._step.seconds) == 1
 
     def test_a_schedule_of_all_options(self) -> None:
@@ -107,11 +112,7 @@ class TestTheUpdate:
             torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=8) for o in (mine, its)
         ]
         for seed in range(5):
-            pyro.set_rng_seed(seed)
-            svi.step(x)
-            pyro.set_rng_seed(seed)
-            by_torch(twin, its, x)
-            same(flat(mine), flat(its))
+            both_step(seed, svi, mine, twin, its, x)
             for schedule, optimizer in zip(schedules, (mine, its), strict=True):
                 schedule.step()
                 optimizer.param_groups[0]["weight_decay"] *= 0.9
@@ -125,11 +126,7 @@ class TestTheUpdate:
                 for optimizer in (mine, its):
                     optimizer.param_groups[0][option] = True
                     optimizer.state.clear()
-            pyro.set_rng_seed(seed)
-            svi.step(x)
-            pyro.set_rng_seed(seed)
-            by_torch(twin, its, x)
-            same(flat(mine), flat(its))
+            both_step(seed, svi, mine, twin, its, x)
 
     def test_groups_in_another_order(self) -> None:
         def grouped(parameters: Any, lr: float) -> Adam:
@@ -141,11 +138,7 @@ class TestTheUpdate:
             if seed == 2:
                 mine.param_groups.reverse()
                 its.param_groups.reverse()
-            pyro.set_rng_seed(seed)
-            svi.step(x)
-            pyro.set_rng_seed(seed)
-            by_torch(twin, its, x)
-            same(flat(mine), flat(its))
+            both_step(seed, svi, mine, twin, its, x)
 
     def test_hooks_of_parameters_are_called(self) -> None:
         svi, mine, twin, its, x = twins(Adam)
@@ -156,11 +149,7 @@ class TestTheUpdate:
                     p = optimizer.param_groups[0]["params"][0]
                     p.register_hook(lambda g: 3 * g)
                     p.register_post_accumulate_grad_hook(lambda p: seen.append(1))
-            pyro.set_rng_seed(seed)
-            svi.step(x)
-            pyro.set_rng_seed(seed)
-            by_torch(twin, its, x)
-            same(flat(mine), flat(its))
+            both_step(seed, svi, mine, twin, its, x)
         assert len(seen) == 2 * 3
 
     def test_complex_parameters(self) -> None:

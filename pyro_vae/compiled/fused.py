@@ -72,7 +72,7 @@ class Fused:
                 f"a compiled program does not see the effect handlers around its call ({names}): "
                 "put them inside the model or guide"
             )
-        leaves, structure = _flatten(args, kwargs)
+        leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (structure, tuple(map(_describe, leaves)), _surroundings())
         programs = self._programs.setdefault(key, [])
@@ -116,7 +116,7 @@ class Fused:
         return program
 
 
-def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """The leaves of the arguments and how they hang together; quickly where all are tensors."""
     if not kwargs and all(type(argument) is Tensor for argument in args):
         return list(args), _structure(len(args))

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.utils._pytree import tree_iter
 
 from pyro_vae.compiled.backend import resolve
-from pyro_vae.compiled.fused import Computation, Fused
+from pyro_vae.compiled.fused import Computation, Fused, flatten
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend
 from pyro_vae.compiled.record import gradients_of
@@ -90,7 +89,10 @@ class Step:
         argument wants a gradient too, or the optimizer holds a parameter that the computation does
         not use any more."""
         pending = self._update.begin()
-        if pending is None or _want_gradients(args, kwargs):
+        if pending is None:
+            return None
+        leaves, _ = flatten(args, kwargs)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             return None
         with torch.enable_grad():
             call = self._graph(pending).prepare(pending.numbers, *args, **kwargs)
@@ -133,12 +135,3 @@ class Step:
         pairs = zip(parameters, gradients, strict=True)
         updated = [(i, parameter) for i, (parameter, g) in enumerate(pairs) if g is not None]
         return [finite, *outputs], (static, updated)
-
-
-def _want_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    leaves = tree_iter((args, kwargs)) if kwargs or not _are_plain(args) else args
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-
-
-def _are_plain(args: tuple[Any, ...]) -> bool:
-    return all(type(argument) is Tensor for argument in args)

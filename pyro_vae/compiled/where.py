@@ -23,10 +23,12 @@ _BETWEEN = (
 
 
 def where(error: Exception) -> str:
+    """The line that raised an error."""
     return _describe(traceback.extract_tb(error.__traceback__))
 
 
 def where_now() -> str:
+    """The line of the program that runs now, and none of whoever compiles it."""
     stack = traceback.extract_stack()
     entered = [
         i for i, frame in enumerate(stack) if frame.name in ("_run", "program")
