@@ -72,7 +72,7 @@ def bare_loop(x: Tensor, seed: int) -> Iterator[Times]:
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
             generator = torch.Generator().manual_seed(derive(seed, epoch))
             for rows in torch.randperm(len(x), generator=generator).split(BATCH):
-                loss, _, _ = module(x.index_select(0, rows))
+                loss, _ = module(x.index_select(0, rows))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -111,7 +111,7 @@ def main() -> None:
     for name, value in speed.items():
         print(f"{name:>25}: {value:9,.0f} rows/s", f"({ratios.get(name, 1.0):.2f}x pythae's)")
     results = {"rows": options.rows, "rows_per_second": speed, "times_pythae": ratios}
-    report.write("fit_throughput", COMMAND, results, draw(speed))
+    report.add("fit_throughput", COMMAND, results, draw(speed))
 
 
 def draw(speed: dict[str, float]) -> Figure:

@@ -77,7 +77,7 @@ def main() -> None:
         })  # fmt: skip
         print(rows[-1])
     results = {"epochs": options.epochs, "seeds": options.seeds, "rows": rows, "runs": runs}
-    report.write("mnist_compiled", COMMAND, results, draw(runs))
+    report.add("mnist_compiled", COMMAND, results, draw(runs))
 
 
 def draw(runs: list[dict[str, Any]]) -> Figure:

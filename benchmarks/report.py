@@ -60,12 +60,32 @@ def write_studies(
     return _save(name, {"studies": studies, "results": results}, figure)
 
 
-def _save(name: str, report: dict[str, Any], figure: Figure | None) -> Path:
+def add(name: str, command: str, results: Any, figure: Figure | None = None) -> Path:
+    """As `write`, beside the results of other machines: how much faster one way is than another is
+    a property of the machine. The figure of a GPU is `results/NAME_cuda.png`.
+
+    Args:
+        command, results: as in `write`.
+    """
+    made = provenance(command)
+    on_gpu = made["machine"]["device"] != "cpu"
+    place = made["machine"]["device" if on_gpu else "processor"]
+    stored: dict[str, Any] = {"studies": {}, "results": {}}
+    if (RESULTS / f"{name}.json").exists():
+        stored = read(name)
+    studies = {**stored["studies"], place: made}
+    report = {"studies": studies, "results": {**stored["results"], place: results}}
+    return _save(name, report, figure, f"{name}_cuda" if on_gpu else name)
+
+
+def _save(
+    name: str, report: dict[str, Any], figure: Figure | None, picture: str | None = None
+) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     if figure is not None:
-        figure.savefig(RESULTS / f"{name}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(RESULTS / f"{picture or name}.png", dpi=150, bbox_inches="tight")
     return path
 
 
@@ -76,7 +96,7 @@ def _in_full(command: str) -> str:
 
 
 def read(name: str) -> dict[str, Any]:
-    """What `write` or `write_studies` wrote under that name."""
+    """What `write`, `write_studies` or `add` wrote under that name."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 

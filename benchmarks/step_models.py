@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,10 @@ import pyro_vae as pv
 from benchmarks import pythae_peer
 
 Step = Callable[[], float]
+Take = Callable[[int], Any]  # so many steps
 PIXELS, STATES, LEARNING_RATE = 784, 8, 1e-3
-OURS, BY_HAND = "compiled", "PyTorch by hand"
+OURS, ALL_AT_ONCE, BY_HAND = "compiled", "compiled, steps", "PyTorch by hand"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -68,7 +71,7 @@ def cases() -> dict[str, Case]:
         ),
         "hidden Markov model, 64 x 10, 8 states": Case(
             _hidden_markov,
-            (torch.randn(64, 10),),
+            (torch.randn(64, 10, device=DEVICE),),
             enumeration,
             {"TraceEnum_ELBO": enumeration},
             in_numpyro=False,
@@ -76,8 +79,24 @@ def cases() -> dict[str, Case]:
     }
 
 
-def ways(case: Case) -> dict[str, Callable[[], Step]]:
-    """Everyone's step, ours first."""
+def ways(case: Case) -> dict[str, Callable[[], Take]]:
+    """Everyone's steps, ours first."""
+    one_by_one = {way: partial(_repeated, make) for way, make in steps(case).items()}
+    return {OURS: one_by_one.pop(OURS), ALL_AT_ONCE: lambda: all_at_once(case), **one_by_one}
+
+
+def _repeated(make: Callable[[], Step]) -> Take:
+    step = make()
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            step()
+
+    return take
+
+
+def steps(case: Case) -> dict[str, Callable[[], Step]]:
+    """Everyone's single step."""
     steps: dict[str, Callable[[], Step]] = {OURS: lambda: compiled(case)}
     for kind, loss in case.pyro.items():
         steps[f"Pyro {kind}"] = partial(pyro_svi, case, loss)
@@ -95,6 +114,12 @@ def compiled(case: Case) -> Step:
     """This library's step."""
     svi = compiled_svi(case)
     return lambda: svi.step(*case.args)
+
+
+def all_at_once(case: Case) -> Take:
+    """This library's steps, in one call."""
+    svi = compiled_svi(case)
+    return lambda count: svi.steps(*(a.expand(count, *a.shape) for a in case.args))
 
 
 def compiled_svi(case: Case) -> pv.CompiledSVI:
@@ -136,7 +161,7 @@ def pythae(case: Case) -> Step:
     _, _, vae, _ = case.pair()
     encoder, decoder = vae.posterior.network, vae.likelihood.network
     latent = vae.prior.loc.shape[-1]
-    model = pythae_peer.model(encoder, decoder, latent, case.samples)
+    model = pythae_peer.model(encoder, decoder, latent, case.samples).to(DEVICE)
     optim = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     batch = {"data": pythae_peer.images(case.args[0])}
 
@@ -167,11 +192,11 @@ def _vae(encoder: nn.Module, decoder: nn.Module, latent: int, k: int) -> tuple[A
         pv.priors.StandardNormal(latent),
         pv.likelihoods.Bernoulli(decoder),
         pv.posteriors.DiagonalNormal(encoder),
-    )
+    ).to(DEVICE)
 
     def loss(x: Tensor) -> Tensor:
         loc, log_variance = encoder(x).chunk(2, -1)
-        noise = torch.randn(k, *loc.shape)
+        noise = torch.randn(k, *loc.shape, device=loc.device)
         z = loc + (0.5 * log_variance).exp() * noise
         log_px = -nn.functional.binary_cross_entropy_with_logits(
             decoder(z), x.expand(k, *x.shape), reduction="none"
@@ -180,19 +205,18 @@ def _vae(encoder: nn.Module, decoder: nn.Module, latent: int, k: int) -> tuple[A
             kl = 0.5 * (loc**2 + log_variance.exp() - 1 - log_variance).sum()
             return kl - log_px.sum()
         log_ratio = 0.5 * (noise**2 - z**2 + log_variance).sum(-1)
-        return -((log_px + log_ratio).logsumexp(0) - torch.tensor(k).log()).sum()
+        return -((log_px + log_ratio).logsumexp(0) - math.log(k)).sum()
 
     return vae.model, vae.guide, vae, loss
 
 
 def _regression() -> tuple[Any, ...]:
     x, _ = _regression_data()
-    prior_scale = torch.ones(x.shape[1])
 
     def model(x: Tensor, y: Tensor) -> None:
-        weight = pyro.sample("weight", dist.Normal(torch.zeros_like(prior_scale), 1.0).to_event(1))
-        bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
-        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        weight = pyro.sample("weight", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
+        bias = pyro.sample("bias", dist.Normal(x.new_zeros(()), 10.0))
+        noise = pyro.sample("noise", dist.LogNormal(x.new_zeros(()), 1.0))
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x @ weight + bias, noise), obs=y)
 
@@ -214,14 +238,15 @@ def _regression() -> tuple[Any, ...]:
         y_given = torch.distributions.Normal(mean, draws["noise"].exp(), validate_args=False)
         return total - y_given.log_prob(y).sum()
 
-    module = nn.ModuleList([guide, own])
+    module = nn.ModuleList([guide, own]).to(DEVICE)
     return model, guide, module, loss
 
 
 def _regression_data() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 10, generator=generator)
-    return x, x.sum(-1) + torch.randn(500, generator=generator)
+    y = x.sum(-1) + torch.randn(500, generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 class _HiddenMarkov(nn.Module):
@@ -253,9 +278,9 @@ class _HiddenMarkov(nn.Module):
 
 
 def _hidden_markov() -> tuple[Any, ...]:
-    model = _HiddenMarkov()
+    model = _HiddenMarkov().to(DEVICE)
     return model, lambda x: None, model, model.loss
 
 
 def _images(batch: int) -> Tensor:
-    return (torch.rand(batch, PIXELS) < 0.3).float()
+    return (torch.rand(batch, PIXELS, device=DEVICE) < 0.3).float()

@@ -242,28 +242,37 @@ def evidence_whole(report: dict[str, Any]) -> str:
 def train_step(report: dict[str, Any]) -> str:
     """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios; a table for
     each processor."""
-    return "\n\n".join(
-        _steps(processor, found["models"]) for processor, found in report["results"].items()
-    )
+    return _by_machine(report, lambda machine, found: _steps(machine, found["models"]))
 
 
-def _steps(processor: str, models: dict[str, Any]) -> str:
-    peers = list(dict.fromkeys(peer for model in models.values() for peer in model["ours_over"]))
-    ours = [f"{model['milliseconds']['compiled']:.2f} ms" for model in models.values()]
-    rows = [
-        [f"over {peer}"]
-        + [
-            f"{m['ours_over'][peer]:.2f}" if peer in m["ours_over"] else "–"
-            for m in models.values()
-        ]
-        for peer in peers
-    ]
-    return table([processor, *models], [["compiled", *ours], *rows])
+def _by_machine(report: dict[str, Any], draw: Callable[[str, dict[str, Any]], str]) -> str:
+    """A table for each machine (`report.add`)."""
+    return "\n\n".join(draw(machine, found) for machine, found in report["results"].items())
+
+
+def _steps(machine: str, models: dict[str, Any]) -> str:
+    rows = []
+    for way, over in (("compiled", "ours_over"), ("compiled, steps", "all_at_once_over")):
+        by_peer = [model.get(over, {}) for model in models.values()]
+        if not any(by_peer):
+            continue
+        times = [model["milliseconds"].get(way) for model in models.values()]
+        rows.append(
+            [way, *("–" if t is None else f"{t:.{2 if t >= 0.2 else 3}f} ms" for t in times)]
+        )
+        for peer in dict.fromkeys(peer for ratios in by_peer for peer in ratios):
+            ratios = [found.get(peer) for found in by_peer]
+            rows.append([f"over {peer}", *("–" if r is None else f"{r:.2f}" for r in ratios)])
+    return table([machine, *models], rows)
 
 
 def start_up(report: dict[str, Any]) -> str:
     """`benchmarks.train_step`: what comes before the first compiled step, and the memory."""
-    found, imports = report["results"], report["results"]["import_seconds"]
+    return _by_machine(report, _start_up)
+
+
+def _start_up(machine: str, found: dict[str, Any]) -> str:
+    imports = found["import_seconds"]
     rows = [
         [
             state.replace("_", " "),
@@ -278,28 +287,36 @@ def start_up(report: dict[str, Any]) -> str:
         [f"`import pyro_vae`, {imports['ratio']:.2f} of `import pyro`", "–", "–",
          f"{imports['pyro_vae']:.1f} s", "–"]
     )  # fmt: skip
-    return table([found["model"], "tracing", "compiling", "first step in all", "peak memory"], rows)
+    head = [f"{machine}: {found['model']}", "tracing", "compiling", "first step in all",
+            "peak memory"]  # fmt: skip
+    return table(head, rows)
 
 
 def fit_throughput(report: dict[str, Any]) -> str:
     """`benchmarks.fit_throughput`: training samples a second."""
-    found = report["results"]
+    return _by_machine(report, _throughput)
+
+
+def _throughput(machine: str, found: dict[str, Any]) -> str:
     rows = [
         [name, f"{value:,.0f}", f"{found['times_pythae'].get(name, 1.0):.2f}"]
         for name, value in found["rows_per_second"].items()
     ]
-    return table(["training", "samples a second", "times pythae's trainer"], rows)
+    return table([machine, "samples a second", "times pythae's trainer"], rows)
 
 
 def mnist_compiled(report: dict[str, Any]) -> str:
     """`benchmarks.mnist_compiled`: what compiling changes, and what it does not."""
-    found = report["results"]
+    return _by_machine(report, _compiled)
+
+
+def _compiled(machine: str, found: dict[str, Any]) -> str:
     rows = [
         [row["way"], f"{row['log_px']:.2f} ± {row['sd']:.2f}", f"{row['seconds']:.0f} s"]
         for row in found["rows"]
     ]
-    head = [f"{found['epochs']} epochs, {found['seeds']} seeds", "log p(x), sd over seeds", "time"]
-    return table(head, rows)
+    kind = f"{machine}: {found['epochs']} epochs, {found['seeds']} seeds"
+    return table([kind, "log p(x), sd over seeds", "time"], rows)
 
 
 def frey_faces(report: dict[str, Any]) -> str:

@@ -6,10 +6,12 @@ Every contender has a process of its own that sleeps until its turn, so that non
 how threads or memory are set. In its turn, round after round, it takes a few steps that are not
 timed and then some that are; reported are medians over the rounds, the fastest rounds, and the
 medians of the ratios within a round. "Memory kept" is a process whose malloc is told by environment
-variables what `pyro_vae.compiled.memory` tells it. All full fp32, all reading the loss at every
-step, except NumPyro's `fori_loop`. NumPyro and pythae take part where they are installed. Also
-reported: what the first compiled step takes, with an empty compilation cache and with one on disk,
-the peak memory, and the import time of `pyro_vae` against `import pyro`.
+variables what `pyro_vae.compiled.memory` tells it. All full fp32 (JAX would multiply in TF32 on a
+GPU unless told), all reading the loss at every step, except NumPyro's `fori_loop` and `steps` of
+ours, which take all of a turn's steps at once. On a GPU where torch sees one. NumPyro and pythae
+take part where they are installed. Also reported: what the first compiled step takes, with an empty
+compilation cache and with one on disk, the peak memory, and the import time of `pyro_vae` against
+`import pyro`.
 
 The threads of PyTorch spin while they wait, which on a machine with other work costs milliseconds:
 there, set GOMP_SPINCOUNT=0. The load average stands in the results.
@@ -35,12 +37,13 @@ from benchmarks import report, step_models
 from pyro_vae.compiled import memory
 
 COMMAND = "python -m benchmarks.train_step"
-OURS, BY_HAND = step_models.OURS, step_models.BY_HAND
+OURS, ALL_AT_ONCE, BY_HAND = step_models.OURS, step_models.ALL_AT_ONCE, step_models.BY_HAND
 PAUSE = 0.1  # seconds, until the threads of the process before have stopped spinning
 Timer = Callable[[int], float]  # steps to seconds
-COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", "pythae": "C4", OURS: "C0"}
+COLORS = {"Pyro": "C3", "PyTorch": "C1", "NumPyro": "C2", "pythae": "C4", "compiled": "C0"}
 
 
+FULL_FP32 = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 KEEPS_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(memory.KEPT),
     "MALLOC_MMAP_THRESHOLD_": str(memory.FROM_HEAP),
@@ -83,7 +86,7 @@ def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     processes[f"{BY_HAND}, memory kept"] = Process("step_torch", name, BY_HAND, **KEEPS_MEMORY)
     timers = {way: _timer(process, "") for way, process in processes.items()}
     if importlib.util.find_spec("numpyro") and step_models.cases()[name].in_numpyro:
-        processes["NumPyro"] = Process("step_numpyro", name)
+        processes["NumPyro"] = Process("step_numpyro", name, **FULL_FP32)
         timers["NumPyro jitted update"] = _timer(processes["NumPyro"], "update ")
         timers["NumPyro fori_loop"] = _timer(processes["NumPyro"], "fori_loop ")
     try:
@@ -96,10 +99,14 @@ def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     return {
         "milliseconds": {n: 1e3 * statistics.median(row[n] for row in rows) for n in timers},
         "fastest_milliseconds": {n: 1e3 * min(row[n] for row in rows) for n in timers},
-        "ours_over": {
-            n: statistics.median(row[OURS] / row[n] for row in rows) for n in timers if n != OURS
-        },
+        "ours_over": {n: _over(OURS, n, rows) for n in timers if n not in (OURS, ALL_AT_ONCE)},
+        "all_at_once_over": {n: _over(ALL_AT_ONCE, n, rows) for n in timers if n != ALL_AT_ONCE},
     }
+
+
+def _over(way: str, peer: str, rows: list[dict[str, float]]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(row[way] / row[peer] for row in rows)
 
 
 def _timer(process: Process, way: str) -> Timer:
@@ -173,7 +180,9 @@ def plot(models: dict[str, Any]) -> Figure:
     for axes, (name, result) in zip(figure.subplots(len(models)), models.items(), strict=True):
         items = sorted(result["milliseconds"].items(), key=lambda item: -item[1])
         labels, values = zip(*items, strict=True)
-        bars = axes.barh(labels, values, color=[COLORS[label.split()[0]] for label in labels])
+        bars = axes.barh(
+            labels, values, color=[COLORS[label.split()[0].rstrip(",")] for label in labels]
+        )
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlim(0, 1.1 * max(values))
@@ -182,37 +191,24 @@ def plot(models: dict[str, Any]) -> Figure:
     return figure
 
 
-def _add(results: dict[str, Any], figure: Figure) -> None:
-    """Write the results beside those of other machines: which library is the faster at a matrix
-    product, and so by how much a step can be faster, is a property of the processor."""
-    made = report.provenance(COMMAND)
-    processor = made["machine"]["processor"]
-    stored = report.read("train_step")
-    report.write_studies(
-        "train_step",
-        {**stored["studies"], processor: made},
-        {**stored["results"], processor: results},
-        figure,
-    )
-
-
 def main() -> None:
     """Measure, print, and write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=0.1, help="of a contender's turn")
+    parser.add_argument("--models", type=int, help="how many, from the first on")
     options = parser.parse_args()
     models = {}
-    for name in step_models.cases():
+    for name in [*step_models.cases()][: options.models]:
         models[name] = measure(name, options.rounds, options.seconds)
         print(
             name, *(f"{v:9.2f} ms  {n}" for n, v in models[name]["milliseconds"].items()), sep="\n"
         )
     results = {"models": models, "load_average": os.getloadavg()[0]}
-    _add(results, plot(models))
+    report.add("train_step", COMMAND, results, plot(models))
     first = next(iter(models))
     results = {"model": first, "first_step": start_up(first), "import_seconds": import_time()}
-    report.write("start_up", COMMAND, results)
+    report.add("start_up", COMMAND, results)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from training_helpers import binary, binary_data, identical, small_vae, without_time
 
 import pyro_vae as pv
-from pyro_vae.compiled import backend
+from pyro_vae.compiled import backend, step, update
+from pyro_vae.compiled.replay import Replayed
 from pyro_vae.errors import CompileError, NonFiniteError
 from pyro_vae.schedules import Warmup
+from pyro_vae.training.loop import Loop
 
 
 class Peeking(pv.likelihoods.Bernoulli):
@@ -117,6 +119,35 @@ class TestOneGraphAStep:
         with pytest.raises(NonFiniteError, match=message):
             pv.fit(vae, x, epochs=2, batch_size=8, compile=True, device="cpu", out=tmp_path / "run")
         assert all(p.isfinite().all() for p in vae.parameters())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_on_a_gpu_most_steps_are_taken_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for captured graphs: KL weight and batches change, and a ragged batch ends
+    the epoch."""
+    eager = small_vae()
+    options = {
+        "epochs": 2, "batch_size": 20, "kl_schedule": Warmup(40), "device": "cpu",
+        "scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.3),
+    }  # fmt: skip
+    data = binary_data(610, dynamic=True)
+    pv.fit(eager, data, **options)
+    looks: list[bool] = []
+    numbers, fused_update = update._numbers, Loop._fused_update
+
+    def as_on_a_gpu(self: Loop, batch: Any, look: bool) -> bool:
+        self.on_cpu = False
+        looks.append(look)
+        return fused_update(self, batch, look)
+
+    monkeypatch.setattr(Loop, "_fused_update", as_on_a_gpu)
+    monkeypatch.setattr(step, "Replayed", lambda: Replayed(lambda f, device: f, "cpu"))
+    monkeypatch.setattr(update, "_numbers", lambda *args: numbers(*args[:2], 7))
+    fused = small_vae()
+    pv.fit(fused, data, compile=True, **options)
+    assert looks.count(False) == 2 * 31 - 2
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], value, rtol=1e-9, atol=1e-11)
 
 
 class Poisoned(nn.Module):

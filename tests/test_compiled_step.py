@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
 import pyro_vae as pv
+from pyro_vae.compiled import step, update
 from pyro_vae.compiled.fused import Fused
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.replay import Replayed
 from pyro_vae.compiled.update import AdamUpdate
 from pyro_vae.errors import CompileError, ConfigError, NonFiniteError
 
+numbers = update._numbers
 KINDS: dict[str, Callable[..., Any]] = {
     "Adam": Adam,
     "Adam, decay": lambda p, lr: Adam(p, lr, betas=(0.7, 0.9), eps=1e-5, weight_decay=0.1),
@@ -342,6 +344,9 @@ def remembered(function: Callable[[], Any], device: torch.device) -> Callable[[]
     return function
 
 
+remembered.count = 0  # type: ignore[attr-defined]
+
+
 class TestReplay:
     """The logic around a captured graph, with a stand-in that runs on the CPU."""
 
@@ -418,69 +423,110 @@ class TestReplay:
             svi._step._replayed = Replayed(remembered, kind)  # type: ignore[union-attr]
             pyro.set_rng_seed(7)
             losses = []
-            for step in range(12):
-                optim.param_groups[0]["lr"] = 0.1 / (1 + step)
-                losses.append(svi.step(binary(4 + step % 2)))
+            for n in range(12):
+                optim.param_groups[0]["lr"] = 0.1 / (1 + n)
+                losses.append(svi.step(binary(4 + n % 2)))
             outcomes.append([torch.tensor(losses), *flat(optim)])
         same(*outcomes)
         assert remembered.count == 2  # type: ignore[attr-defined]
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-class TestOnCuda:
-    """The same through captured CUDA graphs."""
+class TestStepsInOneCall:
+    """`CompiledSVI.steps`, and steps taken again without a look."""
 
-    def setup(self, objective: Any, captured: bool) -> tuple[Any, Any, Tensor]:
+    def pair(self, kind: Callable[..., Any] = Adam) -> tuple[Any, Any]:
         pyro.set_rng_seed(0)
         model, guide, _ = vae()
-        model.cuda().float()
-        guide.cuda().float()
-        optim = Adam([*model.parameters(), *guide.parameters()], 0.01)
-        svi = pv.CompiledSVI(model, guide, optim, objective)
-        if not captured:
-            svi._step._replayed = Replayed(device_type="none")  # type: ignore[union-attr]
-        return svi, optim, binary(64).float().cuda()
+        optim = kind([*model.parameters(), *guide.parameters()], 0.05)
+        return pv.CompiledSVI(model, guide, optim, pv.ELBO(), backend="eager"), optim
+
+    @pytest.mark.parametrize("kind", [Adam, SGD])
+    def test_they_are_steps(self, kind: Callable[..., Any]) -> None:
+        outcomes = []
+        for at_once in (False, True):
+            svi, optim = self.pair(kind)
+            x = binary(35).view(7, 5, 6)
+            pyro.set_rng_seed(7)
+            losses = svi.steps(x) if at_once else torch.tensor([svi.step(row) for row in x])
+            outcomes.append([losses, *flat(optim)])
+        same(*outcomes)
+
+    def test_one_batch_again_and_again(self) -> None:
+        svi, _ = self.pair()
+        losses = svi.steps(binary(5).expand(60, 5, 6))
+        assert losses.shape == (60,)
+        assert losses[-10:].mean() < losses[:10].mean()
+
+    @pytest.fixture
+    def captured(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """As on a GPU, with a stand-in for the captured graph and the numbers of five steps at
+        once; returns a list that grows by each full look."""
+        looks: list[int] = []
+        prepare = Fused.prepare
+
+        def looking(self: Fused, *args: Any, **kwargs: Any) -> Any:
+            looks.append(1)
+            return prepare(self, *args, **kwargs)
+
+        monkeypatch.setattr(Fused, "prepare", looking)
+        monkeypatch.setattr(step, "Replayed", lambda: Replayed(remembered, "cpu"))
+        monkeypatch.setattr(update, "_numbers", lambda *args: numbers(*args[:2], 5))
+        return looks
+
+    def test_captured_ones_look_now_and_then(self, captured: list[int]) -> None:
+        outcomes = []
+        for at_once in (False, True):
+            svi, optim = self.pair(lambda p, lr: AdamW(p, lr, weight_decay=0.1))
+            x = binary(13 * 5).view(13, 5, 6)
+            pyro.set_rng_seed(7)
+            losses = []
+            for lr in (0.1, 0.01):  # a change between the calls is seen
+                optim.param_groups[0]["lr"] = lr
+                captured.clear()
+                losses.append(svi.steps(x) if at_once else torch.tensor([*map(svi.step, x)]))
+            outcomes.append([torch.cat(losses), *flat(optim)])
+        same(*outcomes)
+        assert len(captured) == 3  # of thirteen steps
+
+    def test_other_arguments_are_looked_at(self, captured: list[int]) -> None:
+        svi, _ = self.pair()
+        own = svi._step
+        assert own is not None
+        x, twin = binary(5), binary(4)
+        for _ in range(5):
+            own(x)
+        looks = len(captured)
+        for batch, looked in ((x, 0), (twin, 1), (twin, 2)):  # that one is not captured yet
+            assert own.again(batch) is not None
+            assert len(captured) == looks + looked
+
+    def test_a_row_that_is_not_finite(self) -> None:
+        svi, optim = self.pair()
+        x = binary(30).view(6, 5, 6)
+        pyro.set_rng_seed(3)
+        svi.steps(x[:3])
+        state = [t.clone() for t in flat(optim)]
+        svi, optim = self.pair()
+        bad = x.clone()
+        bad[3, 1, 2] = torch.nan
+        pyro.set_rng_seed(3)
+        with pytest.raises(
+            NonFiniteError, match=r"step 4 of 6: .*argument 0 holds nan at \(1, 2\)"
+        ):
+            svi.steps(bad)
+        same(flat(optim), state)
 
     @pytest.mark.parametrize(
-        "objective", [pv.ELBO, lambda: pv.IWAE(5, "dreg")], ids=["ELBO", "IWAE dreg"]
+        ("args", "said"),
+        [
+            ((), "got nothing"),
+            ((3,), "got int"),
+            ((torch.tensor(3.0),), "got Tensor"),
+            ((torch.ones(2, 3), torch.ones(3, 3)), r"got \[2, 3\]"),
+            ((torch.ones(0, 3),), r"got \[0\]"),
+        ],
     )
-    def test_captured_steps_are_the_uncaptured_ones(self, objective: Any) -> None:
-        outcomes = []
-        for captured in (False, True):
-            svi, optim, x = self.setup(objective(), captured)
-            pyro.set_rng_seed(1)
-            losses = [svi.step(x) for _ in range(20)]
-            outcomes.append(
-                [torch.tensor(losses).double().cuda(), *(t.cuda() for t in flat(optim))]
-            )
-        for g, w in zip(*outcomes, strict=True):
-            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
-
-    def test_draws_go_on_and_a_seed_repeats_them(self) -> None:
-        svi, optim, x = self.setup(pv.ELBO(), True)
-        for group in optim.param_groups:
-            group["lr"] = 0.0
-        for _ in range(5):
-            svi.step(x)
-        runs = []
-        for _ in range(2):
-            pyro.set_rng_seed(3)
-            runs.append([svi.step(x) for _ in range(6)])
-        assert runs[0] == runs[1]
-        assert len(set(runs[0])) == 6
-
-    def test_the_kl_weight_is_read_where_it_is(self) -> None:
-        objective = pv.ELBO()
-        svi, optim, x = self.setup(objective, True)
-        for group in optim.param_groups:
-            group["lr"] = 0.0
-        for _ in range(6):
-            svi.step(x)
-        values = []
-        for weight in (0.0, 1.0, 2.0):
-            objective.kl_weight = weight
-            pyro.set_rng_seed(5)
-            values.append(svi.step(x))
-        assert values[2] - values[1] == pytest.approx(values[1] - values[0], rel=1e-3)
-        assert values[1] != values[0]
+    def test_what_has_no_rows(self, args: Any, said: str) -> None:
+        svi, _ = self.pair()
+        with pytest.raises(ConfigError, match=said):
+            svi.steps(*args)

@@ -52,7 +52,7 @@ class Program:
     """A compiled graph with the places of its inputs.
 
     Attributes:
-        arguments: which of the graph's inputs are arguments of the call.
+        arguments: which of the graph's inputs are arguments of the call; `handed`, which arguments.
         static: what the program returned besides tensors, where a tensor among it stands for the
             number of the graph's input that it is (None if it is no input).
         checked: whether it could be held against the eager run: whether that was finite.
@@ -78,6 +78,7 @@ class Program:
         used = _prune(graph)
         self._sources: list[Argument | AnyPlace] = [sources[i] for i in used]
         self.arguments = [n for n, s in enumerate(self._sources) if isinstance(s, Argument)]
+        self.handed = [s.index for s in self._sources if isinstance(s, Argument)]
         self._frozen = [(reader(place), value) for place, value in recording.frozen]
         self._look_up = _LookUp(self._sources, [inputs[i] for i in used])
         positions = {id(inputs[i]): n for n, i in enumerate(used)}

@@ -56,9 +56,15 @@ class Replayed:
             captured.runs += 1
             with _side_stream(device):
                 return call.run().outputs
-        for buffer, argument in zip(captured.buffers, call.arguments, strict=True):
-            buffer.copy_(argument, non_blocking=True)
-        return captured.replay()
+        return captured(call.arguments)
+
+    def again(self, call: Call, *arguments: Tensor) -> Outputs | None:
+        """What the program computes of other arguments, if it is captured, everything else being
+        where it was at the last call."""
+        captured = self._captured.get(call.program)
+        if captured is None or captured.replay is None:
+            return None
+        return captured([arguments[i] for i in call.program.handed])
 
     def _address(self, tensor: Tensor) -> Any:
         """Where a tensor lies; a number elsewhere, which is read at capture alone, as its value."""
@@ -85,6 +91,12 @@ class _Captured:
     runs: int = 0
     buffers: list[Tensor] = field(default_factory=list)
     replay: Callable[[], Outputs] | None = None
+
+    def __call__(self, arguments: list[Tensor]) -> Outputs:
+        """Replay it on these."""
+        assert self.replay is not None
+        torch._foreach_copy_(self.buffers, arguments, non_blocking=True)
+        return self.replay()
 
 
 def cuda_graph(function: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:

@@ -18,7 +18,7 @@ from pyro_vae.compiled.fused import Computation, Fused
 from pyro_vae.compiled.module import loss_of
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend
-from pyro_vae.compiled.step import fuse_step
+from pyro_vae.compiled.step import Taken, fuse_step
 from pyro_vae.errors import ConfigError, NonFiniteError
 from pyro_vae.programs import modules_of
 from pyro_vae.typing import Program
@@ -106,17 +106,60 @@ class CompiledSVI:
                 optimizer's state are those from before the step; where the update is in the graph,
                 buffers are too.
         """
-        taken = None if self._step is None else self._step(*args, **kwargs)
-        if taken is None:
-            loss, finite = self._step_apart(*args, **kwargs)
-        else:
-            loss, finite = taken.outputs[0], taken.finite
+        loss, finite = self._taken(self._step, *args, **kwargs)
         if not finite:
-            raise NonFiniteError(
-                f"the loss is {loss.item()}, or its gradient is not finite: no step was taken. "
-                f"{_culprit(args, kwargs, self.model, self.guide)}"
-            )
+            raise self._not_finite(loss, args, kwargs)
         return loss.item()
+
+    def steps(self, *args: Tensor) -> Tensor:
+        """Take a step on each slice of the arguments, as `jax.lax.scan` does.
+
+        On a GPU the host does not wait between the steps, so a small model's step takes a fraction
+        of `step`'s time. Give as many as there are: the whole shuffled epoch, say, or one batch
+        again and again, without a copy: `svi.steps(x.expand(1000, *x.shape))`.
+
+        Args:
+            args: tensors `(n, ...)`; the i-th step is `step` of their i-th rows.
+
+        Returns:
+            The losses `(n,)`, in nats, each from before its step.
+
+        Raises:
+            ConfigError: not all are tensors of the same length, one or more.
+            NonFiniteError: as `step` does, and names the first such step. On a GPU it is raised
+                after the last: the steps that were not finite changed nothing, the others were
+                taken.
+        """
+        count = _length(args)
+        losses: list[Tensor] = []
+        for i, batch in enumerate(zip(*args, strict=True)):
+            take = self._step.again if i and self._step is not None else self._step
+            loss, finite = self._taken(take, *batch)
+            if not finite.is_cuda and not finite:
+                raise self._not_finite(loss, batch, {}, f"step {i + 1} of {count}: ")
+            losses.append(torch.where(finite, loss, torch.nan))
+        found = torch.stack(losses)
+        bad = found.isnan().nonzero()
+        if len(bad):
+            i = int(bad[0])
+            batch = tuple(argument[i] for argument in args)
+            raise self._not_finite(found[i], batch, {}, f"step {i + 1} of {count}: ")
+        return found
+
+    def _taken(
+        self, take: Callable[..., Taken | None] | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and whether a step was taken: by `take`, or where that cannot, apart."""
+        taken = None if take is None else take(*args, **kwargs)
+        if taken is None:
+            return self._step_apart(*args, **kwargs)
+        return taken.outputs[0], taken.finite
+
+    def _not_finite(self, loss: Tensor, args: Any, kwargs: Any, where: str = "") -> NonFiniteError:
+        return NonFiniteError(
+            f"{where}the loss is {loss.item()}, or its gradient is not finite: no step was taken. "
+            f"{_culprit(args, kwargs, self.model, self.guide)}"
+        )
 
     def _step_apart(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The loss, and whether it and its gradient are finite; then the optimizer's own step."""
@@ -150,6 +193,17 @@ class CompiledSVI:
     def compile_seconds(self) -> list[dict[str, float]]:
         """Seconds that each compilation so far took: `"trace"`, and `"compile"` with its check."""
         return self._loss.seconds + (self._step.seconds if self._step is not None else [])
+
+
+def _length(args: tuple[Tensor, ...]) -> int:
+    """How many slices the arguments have."""
+    if not args or not all(isinstance(argument, Tensor) and argument.dim() for argument in args):
+        kinds = ", ".join(type(argument).__name__ for argument in args) or "nothing"
+        raise ConfigError(f"steps takes tensors with a row a step, got {kinds}")
+    lengths = [len(argument) for argument in args]
+    if len(set(lengths)) > 1 or lengths[0] == 0:
+        raise ConfigError(f"steps takes tensors of one length, a row a step, got {lengths}")
+    return lengths[0]
 
 
 def _registering(computation: Computation) -> Computation:

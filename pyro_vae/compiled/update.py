@@ -19,6 +19,8 @@ KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNT = "step"
 _NUMBERS = 7
+# steps whose numbers a GPU is sent at once
+AHEAD = 64
 Decay = Literal["none", "coupled", "decoupled"]
 
 
@@ -27,10 +29,11 @@ class Pending(NamedTuple):
 
     Attributes:
         parameters: those that want a gradient, in the order of their groups.
-        counts: of the steps that each has taken, the optimizer's own tensors on the CPU.
-        numbers: what may change from step to step, `(parameters, 7)`: the step size over the first
-            moment's correction, the root of the second's, 1 - beta1, beta2, 1 - beta2, epsilon, and
-            the share or the weight of decay.
+        counts: of the steps that each has taken, the optimizer's own tensors.
+        numbers: what may change from step to step, `(steps, parameters, 7)`: the step size over the
+            first moment's correction, the root of the second's, 1 - beta1, beta2, 1 - beta2,
+            epsilon, and the share or the weight of decay. Of this step, and on a GPU also of those
+            after it, as they are if no option changes.
         decays: how each decays, which a graph holds on to.
     """
 
@@ -61,7 +64,7 @@ class AdamUpdate:
             return False
         hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
         return not hooks and not any(
-            group["amsgrad"] or group["maximize"] or group["differentiable"] or group["capturable"]
+            group["amsgrad"] or group["maximize"] or group["differentiable"]
             for group in optimizer.param_groups
         )
 
@@ -69,44 +72,39 @@ class AdamUpdate:
         """The next step; the state is made where it is not yet there.
 
         None where torch has to take it: the optimizer does something else by now; a gradient is
-        there already, to be added to, or a hook, to be called; parameters are complex or on several
-        devices; or steps are counted on a GPU, which would have to be waited for.
+        there already, to be added to, or a hook, to be called; or parameters are complex or on
+        several devices.
         """
         if not self.supports(self.optimizer):
             return None
         parameters, counts, decays = [], [], []
-        numbers: list[float] = []
+        options: list[tuple[float, float, float, float, float]] = []
         for group in self.optimizer.param_groups:
             lr, (beta1, beta2), weight = float(group["lr"]), group["betas"], group["weight_decay"]
             decay: Decay = "none"
             if weight:
                 decay = "decoupled" if group["decoupled_weight_decay"] else "coupled"
             share = lr * weight if decay == "decoupled" else weight
-            row, last = [0.0] * _NUMBERS, -1.0
+            of_group = (lr, beta1, beta2, group["eps"], share)
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
-                steps = self._state(parameter)[COUNT]
-                if parameter.grad is not None or not steps.is_cpu or _has_hooks(parameter):
+                if parameter.grad is not None or _has_hooks(parameter):
                     return None
-                count = steps.item() + 1
-                if count != last:
-                    step_size, root = lr / (1 - beta1**count), (1 - beta2**count) ** 0.5
-                    row = [step_size, root, 1 - beta1, beta2, 1 - beta2, group["eps"], share]
-                    last = count
                 parameters.append(parameter)
-                counts.append(steps)
-                numbers += row
+                counts.append(self._state(parameter, group)[COUNT])
+                options.append(of_group)
                 decays.append(decay)
         dtypes = {parameter.dtype for parameter in parameters}
         devices = {parameter.device for parameter in parameters}
         if len(devices) != 1 or any(dtype.is_complex for dtype in dtypes):
             return None
-        # a flat list, which torch reads several times as fast
+        device = devices.pop()
+        taken = _values(counts, device)
+        numbers = _numbers(taken, options, 1 if device.type == "cpu" else AHEAD)
         table = torch.tensor(numbers, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float64)
-        if not parameters[0].is_cpu:
-            table = table.to(parameters[0].device, non_blocking=True)
-        return Pending(parameters, counts, table.view(-1, _NUMBERS), tuple(decays))
+        table = table.to(device, non_blocking=True).view(-1, len(parameters), _NUMBERS)
+        return Pending(parameters, counts, table, tuple(decays))
 
     def parameters(self) -> list[Tensor]:
         """Those that want a gradient, in the order of their groups."""
@@ -115,7 +113,7 @@ class AdamUpdate:
 
     def moved(self) -> dict[int, Tensor]:
         """The first moment of each parameter, by the identity of the parameter."""
-        return {id(p): self._state(p)[MOMENTS[0]] for p in self.parameters()}
+        return {id(p): self.optimizer.state[p][MOMENTS[0]] for p in self.parameters()}
 
     @torch.no_grad()
     def apply(
@@ -150,14 +148,16 @@ class AdamUpdate:
     def finish(self, pending: Pending, updated: Sequence[int]) -> None:
         """Say that these parameters, by number, have taken the step.
 
-        On a GPU they are counted here; the graph, captured, can't change a number on the CPU.
+        On a GPU they are counted here, where torch may count on the CPU, which the graph, once
+        captured, can't change.
         """
         if not pending.parameters[0].is_cpu:
             torch._foreach_add_([pending.counts[i] for i in updated], 1)
         # torch's schedulers ask whether a step was taken
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
-    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What the optimizer keeps of a parameter, made as torch makes it where it is not there."""
         state = self.optimizer.state[parameter]
         if not state:
             if is_lazy(parameter):
@@ -165,12 +165,45 @@ class AdamUpdate:
                     f"the optimizer holds a {type(parameter).__name__}: run model and guide once "
                     "before they are trained"
                 )
-            state[COUNT] = torch.zeros((), dtype=torch.get_default_dtype())
+            beside = parameter.device if group["fused"] or group["capturable"] else None
+            dtype = torch.float32 if group["fused"] else torch.get_default_dtype()
+            state[COUNT] = torch.zeros((), dtype=dtype, device=beside)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(
                     parameter, memory_format=torch.preserve_format, requires_grad=False
                 )
         return state
+
+
+def _values(counts: Sequence[Tensor], device: torch.device) -> list[float]:
+    """The counts as numbers; those on a GPU are waited for, all at once."""
+    if all(count.is_cpu for count in counts):
+        return [count.item() for count in counts]
+    return torch.stack([count.to(device) for count in counts]).tolist()
+
+
+def _numbers(
+    taken: Sequence[float], options: Sequence[tuple[float, ...]], steps: int
+) -> list[float]:
+    """The rows of `Pending.numbers` on end: a flat list, which torch reads several times as fast.
+
+    Args:
+        taken: steps, by each parameter.
+        options: learning rate, beta1, beta2, epsilon and decay, of each parameter.
+        steps: from the next on.
+    """
+    rows: list[float] = []
+    for ahead in range(1, steps + 1):
+        row, known = [0.0] * _NUMBERS, None
+        for now in zip(taken, options, strict=True):
+            if now != known:
+                count, (lr, beta1, beta2, eps, share) = now
+                count += ahead
+                step_size, root = lr / (1 - beta1**count), (1 - beta2**count) ** 0.5
+                row = [step_size, root, 1 - beta1, beta2, 1 - beta2, eps, share]
+                known = now
+            rows += row
+    return rows
 
 
 def _has_hooks(parameter: Tensor) -> bool:

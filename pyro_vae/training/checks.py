@@ -95,18 +95,14 @@ def make_optimizer(
     make: MakeOptimizer | None,
     parameters: list[nn.Parameter],
     learning_rate: float,
-    fused: bool,
 ) -> Optimizer:
-    """The user's optimizer, or Adam.
-
-    Args:
-        fused: whether that is torch's fused Adam.
+    """The user's optimizer, or torch's fused Adam.
 
     Raises:
         ConfigError: `make` makes no torch optimizer, or one whose step needs a closure.
     """
     if make is None:
-        return Adam(parameters, learning_rate, fused=fused)
+        return Adam(parameters, learning_rate, fused=True)
     # calling a PyroOptim would take a step
     made = make(parameters) if callable(make) and not isinstance(make, PyroOptim) else make
     if made is make or not isinstance(made, Optimizer):

@@ -208,9 +208,7 @@ def _make_loop(
     estimators = try_program(vae, objective, samples, compile).estimators
     try_again(vae, objective, samples[0])
     parameters = check_parameters(weights, pyro.get_param_store())
-    # on a GPU the fused Adam counts its steps there, where a compiled step would wait for them
-    fused = not (compile and fabric.device.type == "cuda")
-    optimizer = make_optimizer(settings.optimizer, parameters, settings.learning_rate, fused)
+    optimizer = make_optimizer(settings.optimizer, parameters, settings.learning_rate)
     scheduler = make_scheduler(settings.scheduler, optimizer)
     terms = MeanTerms(objective, vae.model, vae.guide, compile)
     return Loop(fabric, terms, weights, optimizer, scheduler, settings, trackers), estimators

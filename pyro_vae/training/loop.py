@@ -150,21 +150,22 @@ class Loop:
 
     def _fused_update(self, batch: Batch, look: bool) -> bool:
         """Let one graph take the step, if there is one. It leaves the weights as they are where
-        loss or gradient is not finite; `look` finds out."""
+        loss or gradient is not finite; `look` finds out. In between nothing changes but batches."""
         if self.fused is None:
             return False
         try:
             with self.fabric.autocast():
-                taken = self.fused(*batch)
+                taken = self.fused(*batch) if look else self.fused.again(*batch)
         except CompileError as error:
             self.fused = None
             self.mean_terms.run_eagerly(error)
             return False
         if taken is None:
             return False
-        self._add(taken.outputs, len(batch[0]), self.state.sums)
+        loss, row = taken.outputs
+        self._add(row, len(batch[0]), self.state.sums)
         if look:
-            self._judge(batch, taken.outputs[0].item())
+            self._judge(batch, loss.item())
             if not taken.finite:
                 raise self.guard.bad_gradient(batch, self.state.step + 1)
         return True
@@ -253,13 +254,13 @@ class Loop:
     def _add_terms(self, batch: Batch, sums: Tensor) -> Tensor:
         """The loss per datum of a batch; its terms are added to `sums`."""
         with self.fabric.autocast():
-            terms = self.module(*batch)
-        self._add(terms, len(batch[0]), sums)
-        return terms[0]
+            loss, row = self.module(*batch)
+        self._add(row, len(batch[0]), sums)
+        return loss
 
-    @torch.no_grad()
-    def _add(self, terms: Sequence[Tensor], n: int, sums: Tensor) -> None:
-        sums.add_(torch.stack((*terms, torch.ones_like(terms[0]))), alpha=n)
+    @staticmethod
+    def _add(row: Tensor, num_data: int, sums: Tensor) -> None:
+        sums.add_(row, alpha=num_data)
 
     def _place(self) -> str:
         state = self.state

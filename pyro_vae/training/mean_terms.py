@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class MeanTerms(nn.Module):
-    """An objective of a (model, guide) as a module: loss, reconstruction and KL per datum.
+    """An objective of a (model, guide) as a module: the loss per datum, and a row to sum up: loss,
+    reconstruction and KL per datum, and 1.
 
     Args:
         compile: see `fit`.
@@ -38,7 +40,7 @@ class MeanTerms(nn.Module):
 
             self.terms = terms(objective, model, guide, compile)
 
-    def forward(self, *batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *batch: Any) -> tuple[Tensor, Tensor]:
         return self._mean(self.terms, batch)
 
     def step(self, optimizer: Optimizer, gradient_clip: float | None) -> Step | None:
@@ -65,6 +67,8 @@ class MeanTerms(nn.Module):
         warnings.warn(f"running without compiling: {error}", stacklevel=2)
 
     @staticmethod
-    def _mean(terms: Callable[..., Terms], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _mean(terms: Callable[..., Terms], batch: Batch) -> tuple[Tensor, Tensor]:
         found, n = terms(*batch), len(batch[0])
-        return found.loss / n, found.reconstruction / n, found.kl / n
+        loss = found.loss / n
+        row = (loss, found.reconstruction / n, found.kl / n, torch.ones_like(loss))
+        return loss, torch.stack(row).detach()
