@@ -76,6 +76,10 @@ class Size(NamedTuple):
         """The number now."""
         return len(self.container)
 
+    def reader(self) -> Callable[[], Any]:
+        """`get`, faster."""
+        return partial(len, self.container)
+
 
 class Slot(NamedTuple):
     """An attribute of an object without a dictionary."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training_helpers import binary, binary_data, identical, small_vae, without_time
 
 import pyro_vae as pv
-from pyro_vae.compiled import backend, step, update
+from pyro_vae.compiled import backend, step
 from pyro_vae.compiled.replay import Replayed
 from pyro_vae.errors import CompileError, NonFiniteError
 from pyro_vae.schedules import Warmup
@@ -133,7 +133,7 @@ def test_on_a_gpu_most_steps_are_taken_unseen(monkeypatch: pytest.MonkeyPatch) -
     data = binary_data(610, dynamic=True)
     pv.fit(eager, data, **options)
     looks: list[bool] = []
-    numbers, fused_update = update._numbers, Loop._fused_update
+    fused_update = Loop._fused_update
 
     def as_on_a_gpu(self: Loop, batch: Any, look: bool) -> bool:
         self.on_cpu = False
@@ -142,7 +142,6 @@ def test_on_a_gpu_most_steps_are_taken_unseen(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Loop, "_fused_update", as_on_a_gpu)
     monkeypatch.setattr(step, "Replayed", lambda: Replayed(lambda f, device: f, "cpu"))
-    monkeypatch.setattr(update, "_numbers", lambda *args: numbers(*args[:2], 7))
     fused = small_vae()
     pv.fit(fused, data, compile=True, **options)
     assert looks.count(False) == 2 * 31 - 2

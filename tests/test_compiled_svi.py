@@ -153,7 +153,12 @@ class TestInductor:
         ],
     )
     def test_it_trains_as_svi_does(self, name: str, objective: Any) -> None:
+        from torch._dynamo.utils import counters
+
+        bypassed = counters["inductor"]["fxgraph_cache_bypass"]
         compare(name, "inductor", objective)
+        # torch could keep the graph on disk
+        assert counters["inductor"]["fxgraph_cache_bypass"] == bypassed
 
     def test_draws_of_several_kinds_stay_in_order(self) -> None:
         """Dropout, Gamma and Normal draw from one stream; a swap would change the numbers."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -49,13 +50,13 @@ def inductor(
     Raises:
         CompileError: there is no compiler for the device, or it fails.
     """
-    if any(tensor.device.type == "cpu" for tensor in inputs):
+    on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
+    if on_cpu:
         keep_freed_memory()
     with warnings.catch_warnings():
         # of torch's own use of torch.jit
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         from torch._inductor.compile_fx import compile_fx
-        from torch._inductor.decomposition import decompositions
         from torch._inductor.exc import InductorError
 
         from pyro_vae.compiled import convolutions, matmul
@@ -64,9 +65,10 @@ def inductor(
 
         # torch's own generators, so that a compiled run draws what an eager run draws
         options: dict[str, Any] = {"fallback_random": True}
-        whole = {k: f for k, f in decompositions.items() if k not in _DRAWN_WHOLE}
         # checked once, against the eager run (`Program`), instead of at every step
         options |= {"size_asserts": False, "alignment_asserts": False}
+        # on a CPU the calls of the kernels are a good part of a small step: they too in C++
+        options["cpp_wrapper"] = on_cpu
         if not vectorized:
             options["cpp.simdlen"] = 1
         if matmul.available():
@@ -75,10 +77,23 @@ def inductor(
         mode = FakeTensorMode(shape_env=ShapeEnv())
         fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
         try:
-            with tracing(TracingContext(mode)):
-                return compile_fx(graph, fake, config_patches=options, decompositions=whole)  # type: ignore[return-value]
+            with _drawn_whole(), tracing(TracingContext(mode)):
+                return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
         except InductorError as error:
             raise CompileError(
                 "TorchInductor cannot compile the program; on a CPU it needs a working C++ "
                 f"compiler (g++ or clang++). It says: {str(error).strip().splitlines()[0]}"
             ) from error
+
+
+@contextmanager
+def _drawn_whole() -> Iterator[None]:
+    """Have TorchInductor leave `_DRAWN_WHOLE` alone. (A table of our own, handed to `compile_fx`,
+    would be part of the key of torch's cache, which cannot hold it.)"""
+    from torch._inductor.decomposition import decompositions
+
+    taken = {op: decompositions.pop(op) for op in _DRAWN_WHOLE if op in decompositions}
+    try:
+        yield
+    finally:
+        decompositions.update(taken)

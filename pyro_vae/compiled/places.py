@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from pyro_vae import held, reach
 from pyro_vae.compiled.update import COUNT, MOMENTS, AdamUpdate
-from pyro_vae.held import Place, is_constant
+from pyro_vae.held import Place, Size, is_constant
 
 
 class Held(NamedTuple):
@@ -127,8 +127,11 @@ def _is_granted(value: Any) -> bool:
 
 def reader(place: AnyPlace) -> Callable[[], Any]:
     """How to look at a place at every step. Objects keep their dictionaries; a store may not."""
-    stable = isinstance(place, Place) and not isinstance(place.owner, ParamStoreDict)
-    return place.reader() if stable else place.get  # type: ignore[union-attr]
+    if isinstance(place, Size) or (
+        isinstance(place, Place) and not isinstance(place.owner, ParamStoreDict)
+    ):
+        return place.reader()
+    return place.get
 
 
 def same(now: Any, then: Any) -> bool:

@@ -54,15 +54,13 @@ class _Last:
     """The step that was taken last, to be taken `again`.
 
     Attributes:
+        numbers: of the update.
         kinds: of the arguments, None where they were not all positional tensors.
-        behind: how many steps were taken of those that `pending` has the numbers for.
     """
 
+    numbers: Tensor
     call: Call
-    pending: Pending
-    updated: list[int]
     kinds: list[Any] | None
-    behind: int = 1
 
 
 class Step:
@@ -94,6 +92,7 @@ class Step:
         self._gradient_clip = gradient_clip
         # by what a graph holds on to: the parameters in their order, and how each decays
         self._fused: dict[Any, Fused] = {}
+        self._graph_of: tuple[Pending, Fused] | None = None
         self._replayed = Replayed()
         self._last: _Last | None = None
 
@@ -114,46 +113,40 @@ class Step:
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             return None
         with torch.enable_grad():
-            call = self._graph(pending).prepare(pending.numbers[0], *args, **kwargs)
-        static, pairs = call.program.static
-        if any(call.inputs[place] is not pending.parameters[i] for i, place in pairs):
+            call = self._graph(pending).prepare(pending.numbers, *args, **kwargs)
+        _, updated = call.program.static
+        if any(call.inputs[place] is not pending.parameters[i] for i, place in updated):
             return None
-        updated = [i for i, _ in pairs]
         plain = not kwargs and all(isinstance(argument, Tensor) for argument in args)
-        self._last = _Last(call, pending, updated, [*map(signature, args)] if plain else None)
-        return self._taken(self._replayed(call), pending, updated, static)
+        kinds = [*map(signature, args)] if plain else None
+        self._last = _Last(pending.numbers, call, kinds)
+        return self._taken(self._replayed(call), call)
 
     def again(self, *args: Tensor) -> Taken | None:
         """The step that was taken last, on other tensors.
 
         For a caller who has changed nothing else since but tensors in place: where the step is
-        captured, nothing else is looked at. Now and then, and where it is not, it is a call.
+        captured, nothing else is looked at. Where it is not, this is a call.
         """
         last = self._last
-        if last is None or last.behind == len(last.pending.numbers):
+        if last is None or last.kinds != [signature(argument) for argument in args]:
             return self(*args)
-        if last.kinds != [signature(argument) for argument in args]:
-            return self(*args)
-        outputs = self._replayed.again(last.call, last.pending.numbers[last.behind], *args)
-        if outputs is None:
-            return self(*args)
-        last.behind += 1
-        return self._taken(outputs, last.pending, last.updated, last.call.program.static[0])
+        outputs = self._replayed.again(last.call, last.numbers, *args)
+        return self(*args) if outputs is None else self._taken(outputs, last.call)
 
-    def _taken(
-        self, outputs: list[Tensor], pending: Pending, updated: list[int], static: Any
-    ) -> Taken:
+    def _taken(self, outputs: list[Tensor], call: Call) -> Taken:
+        self._update.finish()
         finite, *outputs = outputs
-        if finite.is_cuda or finite:  # a GPU is not waited for: there the count may run ahead
-            self._update.finish(pending, updated)
-        return Taken(outputs, finite, static)
+        return Taken(outputs, finite, call.program.static[0])
 
     def _graph(self, pending: Pending) -> Fused:
-        key = (tuple(map(id, pending.parameters)), pending.decays)
-        if key not in self._fused:
-            whole = partial(self._whole, pending.decays)
-            self._fused[key] = Fused(whole, self._territory, self._backend)
-        return self._fused[key]
+        if self._graph_of is None or self._graph_of[0] is not pending:
+            key = (tuple(map(id, pending.parameters)), pending.decays)
+            if key not in self._fused:
+                whole = partial(self._whole, pending.decays)
+                self._fused[key] = Fused(whole, self._territory, self._backend)
+            self._graph_of = pending, self._fused[key]
+        return self._graph_of[1]
 
     def _whole(
         self, decays: tuple[Decay, ...], numbers: Tensor, *args: Any, **kwargs: Any

@@ -5,7 +5,9 @@ Torch's own step costs a tenth of a millisecond of Python and passes over every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,9 +20,13 @@ from pyro_vae.errors import ConfigError
 KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNT = "step"
-_NUMBERS = 7
-# steps whose numbers a GPU is sent at once
-AHEAD = 64
+_OPTIONS = itemgetter(
+    "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize",
+    "differentiable",
+)  # fmt: skip
+# of a parameter: those that are as here want nothing special of a step
+_STANDING = attrgetter("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_PLAIN = (True, None, None, None)
 Decay = Literal["none", "coupled", "decoupled"]
 
 
@@ -29,16 +35,13 @@ class Pending(NamedTuple):
 
     Attributes:
         parameters: those that want a gradient, in the order of their groups.
-        counts: of the steps that each has taken, the optimizer's own tensors.
-        numbers: what may change from step to step, `(steps, parameters, 7)`: the step size over the
-            first moment's correction, the root of the second's, 1 - beta1, beta2, 1 - beta2,
-            epsilon, and the share or the weight of decay. Of this step, and on a GPU also of those
-            after it, as they are if no option changes.
+        numbers: their options, which may change from step to step, `(parameters, 7)`, float64:
+            learning rate, log beta1, log beta2, 1 - beta1, 1 - beta2, epsilon, and the share or the
+            weight of decay.
         decays: how each decays, which a graph holds on to.
     """
 
     parameters: list[Tensor]
-    counts: list[Tensor]
     numbers: Tensor
     decays: tuple[Decay, ...]
 
@@ -55,6 +58,10 @@ class AdamUpdate:
 
     def __init__(self, optimizer: Adam) -> None:
         self.optimizer = optimizer
+        # the last step, and all that would make the next another
+        self._pending: Pending | None = None
+        self._options: list[tuple[Any, ...]] = []
+        self._state_then: Any = None
 
     @staticmethod
     def supports(optimizer: Any) -> bool:
@@ -75,36 +82,58 @@ class AdamUpdate:
         there already, to be added to, or a hook, to be called; or parameters are complex or on
         several devices.
         """
+        options = [_OPTIONS(group) for group in self.optimizer.param_groups]
+        if self._pending is None or not self._as_then(options):
+            self._options = options
+            self._pending = self._prepared()
+            self._state_then = self.optimizer.state, len(self.optimizer.state)
+        return self._pending
+
+    def _as_then(self, options: list[tuple[Any, ...]]) -> bool:
+        """Whether nothing has changed since the last step but tensors in place."""
+        assert self._pending is not None
+        optimizer, parameters = self.optimizer, self.parameters()
+        state, entries = self._state_then
+        return (
+            options == self._options
+            and not any(isinstance(n, Tensor) for lr, betas, *_ in options for n in (lr, *betas))
+            and not optimizer._optimizer_step_pre_hooks
+            and not optimizer._optimizer_step_post_hooks
+            and optimizer.state is state
+            and len(state) == entries
+            and len(parameters) == len(self._pending.parameters)
+            and all(map(is_, parameters, self._pending.parameters))
+            and all(standing == _PLAIN for standing in map(_STANDING, parameters))
+        )
+
+    def _prepared(self) -> Pending | None:
         if not self.supports(self.optimizer):
             return None
-        parameters, counts, decays = [], [], []
-        options: list[tuple[float, float, float, float, float]] = []
+        parameters, decays = [], []
+        numbers: list[float] = []
         for group in self.optimizer.param_groups:
-            lr, (beta1, beta2), weight = float(group["lr"]), group["betas"], group["weight_decay"]
+            lr, weight = float(group["lr"]), group["weight_decay"]
+            beta1, beta2 = map(float, group["betas"])
             decay: Decay = "none"
             if weight:
                 decay = "decoupled" if group["decoupled_weight_decay"] else "coupled"
             share = lr * weight if decay == "decoupled" else weight
-            of_group = (lr, beta1, beta2, group["eps"], share)
+            row = [lr, _log(beta1), _log(beta2), 1 - beta1, 1 - beta2, group["eps"], share]
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
                 if parameter.grad is not None or _has_hooks(parameter):
                     return None
+                self._make_state(parameter, group)
                 parameters.append(parameter)
-                counts.append(self._state(parameter, group)[COUNT])
-                options.append(of_group)
+                numbers += row
                 decays.append(decay)
-        dtypes = {parameter.dtype for parameter in parameters}
         devices = {parameter.device for parameter in parameters}
-        if len(devices) != 1 or any(dtype.is_complex for dtype in dtypes):
+        if len(devices) != 1 or any(parameter.is_complex() for parameter in parameters):
             return None
-        device = devices.pop()
-        taken = _values(counts, device)
-        numbers = _numbers(taken, options, 1 if device.type == "cpu" else AHEAD)
-        table = torch.tensor(numbers, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float64)
-        table = table.to(device, non_blocking=True).view(-1, len(parameters), _NUMBERS)
-        return Pending(parameters, counts, table, tuple(decays))
+        # a flat list, which torch reads several times as fast
+        table = torch.tensor(numbers, dtype=torch.float64).view(len(parameters), -1)
+        return Pending(parameters, table.to(devices.pop()), tuple(decays))
 
     def parameters(self) -> list[Tensor]:
         """Those that want a gradient, in the order of their groups."""
@@ -124,12 +153,20 @@ class AdamUpdate:
         finite: Tensor,
     ) -> None:
         """Update parameters and moments in place; where not `finite`, leave all as it is."""
-        for i, (parameter, g) in enumerate(zip(self.parameters(), gradients, strict=True)):
+        parameters = self.parameters()
+        counts = [self.optimizer.state[parameter][COUNT] for parameter in parameters]
+        lr, log_beta1, log_beta2, toward_g, toward_square, eps, share = numbers.unbind(1)
+        steps = torch.stack([count.to(numbers.dtype) for count in counts]) + 1
+        # the moments start at zero; these make up for it
+        step_size = lr / (1 - (steps * log_beta1).exp())
+        root = (1 - (steps * log_beta2).exp()).sqrt()
+        keep = 1 - toward_square
+        table = torch.stack([step_size, root, toward_g, keep, toward_square, eps, share], 1)
+        for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
             if g is None:
                 continue
-            step_size, root, toward_g, keep, toward_square, eps, share = (
-                numbers[i].to(parameter.dtype).unbind()
-            )
+            row = table[i].to(parameter.dtype)
+            step_size, root, toward_g, keep, toward_square, eps, share = row.unbind()
             first, second = (self.optimizer.state[parameter][name] for name in MOMENTS)
             p = parameter
             if decays[i] == "decoupled":
@@ -139,25 +176,17 @@ class AdamUpdate:
             m = first + toward_g * (g - first)
             v = keep * second + toward_square * g * g
             p = p - step_size * m / (v.sqrt() / root + eps)
-            for held, new in ((parameter, p), (first, m), (second, v)):
+            for held, new in ((parameter, p), (first, m), (second, v), (counts[i], counts[i] + 1)):
                 held.copy_(torch.where(finite, new, held))
-            if parameter.is_cpu:
-                count = self.optimizer.state[parameter][COUNT]
-                count.copy_(torch.where(finite, count + 1, count))
 
-    def finish(self, pending: Pending, updated: Sequence[int]) -> None:
-        """Say that these parameters, by number, have taken the step.
-
-        On a GPU they are counted here, where torch may count on the CPU, which the graph, once
-        captured, can't change.
-        """
-        if not pending.parameters[0].is_cpu:
-            torch._foreach_add_([pending.counts[i] for i in updated], 1)
-        # torch's schedulers ask whether a step was taken
+    def finish(self) -> None:
+        """Say that the step has been taken."""
+        # torch's schedulers ask
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
-    def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """What the optimizer keeps of a parameter, made as torch makes it where it is not there."""
+    def _make_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """What torch would make at its first step; but steps are counted where the parameter is,
+        which torch does as well where its step is fused."""
         state = self.optimizer.state[parameter]
         if not state:
             if is_lazy(parameter):
@@ -165,45 +194,17 @@ class AdamUpdate:
                     f"the optimizer holds a {type(parameter).__name__}: run model and guide once "
                     "before they are trained"
                 )
-            beside = parameter.device if group["fused"] or group["capturable"] else None
             dtype = torch.float32 if group["fused"] else torch.get_default_dtype()
-            state[COUNT] = torch.zeros((), dtype=dtype, device=beside)
+            state[COUNT] = torch.zeros((), dtype=dtype)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(
                     parameter, memory_format=torch.preserve_format, requires_grad=False
                 )
-        return state
+        state[COUNT] = state[COUNT].to(parameter.device)
 
 
-def _values(counts: Sequence[Tensor], device: torch.device) -> list[float]:
-    """The counts as numbers; those on a GPU are waited for, all at once."""
-    if all(count.is_cpu for count in counts):
-        return [count.item() for count in counts]
-    return torch.stack([count.to(device) for count in counts]).tolist()
-
-
-def _numbers(
-    taken: Sequence[float], options: Sequence[tuple[float, ...]], steps: int
-) -> list[float]:
-    """The rows of `Pending.numbers` on end: a flat list, which torch reads several times as fast.
-
-    Args:
-        taken: steps, by each parameter.
-        options: learning rate, beta1, beta2, epsilon and decay, of each parameter.
-        steps: from the next on.
-    """
-    rows: list[float] = []
-    for ahead in range(1, steps + 1):
-        row, known = [0.0] * _NUMBERS, None
-        for now in zip(taken, options, strict=True):
-            if now != known:
-                count, (lr, beta1, beta2, eps, share) = now
-                count += ahead
-                step_size, root = lr / (1 - beta1**count), (1 - beta2**count) ** 0.5
-                row = [step_size, root, 1 - beta1, beta2, 1 - beta2, eps, share]
-                known = now
-            rows += row
-    return rows
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
 
 
 def _has_hooks(parameter: Tensor) -> bool:
