@@ -1,5 +1,6 @@
 """Products through oneDNN: the same numbers, in a step's layouts, and only where faster."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.compiled import matmul
+from pyro_vae.compiled.backend import inductor
 
 pytestmark = pytest.mark.skipif(not matmul.available(), reason="this PyTorch has no oneDNN")
 
@@ -73,6 +75,20 @@ def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.Mon
     monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf"))
     monkeypatch.setattr(matmul, "_onednn", lambda a, b, bias: matmul._aten(a, b.flip(0), bias))
     assert num_products(graph_of(step, *layer(128))) == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
+def test_generated_code_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the three layouts, with a bias and without; and not by way of Python."""
+    monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf"))
+    args = layer(128)
+    compiled = inductor(make_fx(step)(*args), args)
+    with torch.profiler.profile() as profile:
+        found = compiled(*args)
+    called = {event.key for event in profile.key_averages()}
+    assert not any("mm" in name or "pyro_vae" in name for name in called), called
+    for got, expected in zip(found, step(*args), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_its_choices_are_part_of_torchs_cache_key() -> None:

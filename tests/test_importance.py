@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
 from toys import (
@@ -29,6 +29,8 @@ from toys import (
 
 from pyro_vae import ELBO, IWAE, MIWAE
 from pyro_vae.errors import ConfigError, SiteError
+from pyro_vae.objectives import importance
+from pyro_vae.objectives.importance import _without_negligible
 
 BOUND = 4.5
 
@@ -41,6 +43,57 @@ def log_weights(model: LinearModel, guide: LinearGuide, x: Tensor, z: Tensor) ->
     x, z = x.numpy(), z.numpy()
     log_p = norm.logpdf(z).sum(-1) + norm.logpdf(x, mean_x, model.log_sigma.exp().item()).sum(-1)
     return log_p - norm.logpdf(z, mean_z, guide.log_scale.exp().detach().numpy()).sum(-1)
+
+
+def test_what_weighs_nothing_makes_no_denormal_numbers():
+    """Of draws some of which weigh as little as e^-90, in float32, beside the softmax by scipy."""
+    values = [0.0, -20.0, -45.0, -50.0, -90.0, -0.5]
+    log_w = torch.tensor(values, dtype=torch.float32)[None, :, None].requires_grad_()
+    _without_negligible(log_w).logsumexp(1).sum().backward()
+    assert log_w.grad is not None
+    got, expected = log_w.grad.flatten().numpy(), softmax(values)
+    nothing = [False, False, False, True, True, False]
+    np.testing.assert_array_equal(got[nothing], 0.0)
+    np.testing.assert_allclose(got[~np.array(nothing)], expected[~np.array(nothing)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["standard", "stl", "dreg"])
+def test_leaving_them_out_changes_no_gradient(gradient, monkeypatch):
+    """What float32 leaves out, in float64, of a guide too wide by far; beside nothing left out, and
+    too much."""
+    x = linear_data()
+    model, guide = linear_pair()
+    with torch.no_grad():
+        guide.log_scale += 1.0
+
+    left_out = []
+
+    def counted(log_w: Tensor) -> Tensor:
+        found = _without_negligible(log_w)
+        left_out.append(int(found.isinf().sum()))
+        return found
+
+    monkeypatch.setattr(importance, "_without_negligible", counted)
+
+    def gradient_at(ratio: float) -> Tensor:
+        monkeypatch.setattr(importance, "_negligible", lambda values: ratio)
+        pyro.set_rng_seed(1)
+        loss = IWAE(20, gradient, max_plate_nesting=1).differentiable_loss(model, guide, x)
+        return gradient_of(loss, model, guide)
+
+    whole = gradient_at(1e-300)
+    left = gradient_at(torch.finfo(torch.float32).eps ** 3)
+    assert left_out[0] == 0 < left_out[-1]
+    torch.testing.assert_close(left, whole, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(gradient_at(0.5), whole, rtol=1e-3)
+
+
+def test_weights_that_are_not_finite_stay_so():
+    log_w = torch.tensor([[-math.inf, -math.inf], [0.0, math.inf], [math.nan, 1.0], [-math.inf, 2]])
+    left = _without_negligible(log_w.T[None])[0].T
+    torch.testing.assert_close(left[2:], log_w[2:], equal_nan=True)
+    expected = log_w.logsumexp(1)
+    torch.testing.assert_close(left.logsumexp(1), expected, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("num_particles", "num_estimates"), [(1, 1), (5, 1), (5, 3), (1, 4)])

@@ -15,11 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
+from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.mkldnn_ir import LinearUnary, _create_output_node
 
 # below this many multiplications a call's overhead counts for more than the arithmetic
 _SMALLEST = 1_000_000
 _ROUNDS = 15
 _WORTHWHILE = 0.9
+_PERMUTE = torch.ops.aten.permute.default
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,6 +42,21 @@ _library.impl("product", _onednn, "CPU")
 @torch.library.register_fake("pyro_vae::product", lib=_library)
 def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+@register_lowering(torch.ops.pyro_vae.product.default, type_promotion_kind=None)
+def _call(a: Any, b: Any, bias: Any) -> Any:
+    """The call in generated code: of oneDNN itself, which takes any layout; of the operator above
+    it would be a call of Python."""
+    inputs = [ExternKernel.realize_input(x) for x in (a, lowerings[_PERMUTE](b, [1, 0]))]
+    rest: list[Any] = ["none", [-1], ""]
+    if bias is None:
+        rest.insert(0, None)
+    else:
+        inputs.append(ExternKernel.realize_input(bias))
+    size = [a.get_size()[0], b.get_size()[1]]
+    layout = FixedLayout(a.get_device(), a.get_dtype(), size)
+    return TensorBox.create(_create_output_node(LinearUnary(layout, inputs, rest)))
 
 
 class FasterProducts(CustomGraphPass):

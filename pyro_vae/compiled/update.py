@@ -161,7 +161,9 @@ class AdamUpdate:
         step_size = lr / (1 - (steps * log_beta1).exp())
         root = (1 - (steps * log_beta2).exp()).sqrt()
         keep = 1 - toward_square
-        table = torch.stack([step_size, root, toward_g, keep, toward_square, eps, share], 1)
+        columns = (step_size, root, toward_g, keep, toward_square, eps, share)
+        common = torch.promote_types(parameters[0].dtype, parameters[-1].dtype)
+        table = torch.stack([column.to(common) for column in columns], 1)
         for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
             if g is None:
                 continue
