@@ -251,18 +251,20 @@ def _by_machine(report: dict[str, Any], draw: Callable[[str, dict[str, Any]], st
 
 
 def _steps(machine: str, models: dict[str, Any]) -> str:
-    rows = []
-    for way, over in (("compiled", "ours_over"), ("compiled, steps", "all_at_once_over")):
-        by_peer = [model.get(over, {}) for model in models.values()]
-        if not any(by_peer):
-            continue
-        times = [model["milliseconds"].get(way) for model in models.values()]
-        rows.append(
-            [way, *("–" if t is None else f"{t:.{2 if t >= 0.2 else 3}f} ms" for t in times)]
-        )
-        for peer in dict.fromkeys(peer for ratios in by_peer for peer in ratios):
-            ratios = [found.get(peer) for found in by_peer]
-            rows.append([f"over {peer}", *("–" if r is None else f"{r:.2f}" for r in ratios)])
+    def row(name: str, values: list[float | None], end: str = "") -> list[str]:
+        shown = ["–" if v is None else f"{v:.3f}" if v < 0.1 else f"{v:.2f}" for v in values]
+        return [name, *(s if s == "–" else s + end for s in shown)]
+
+    found = models.values()
+    rows = [row("compiled", [m["milliseconds"]["compiled"] for m in found], " ms")]
+    for peer in dict.fromkeys(peer for m in found for peer in m["ours_over"]):
+        rows.append(row(f"over {peer}", [m["ours_over"].get(peer) for m in found]))
+    at_once = [m.get("all_at_once_over", {}) for m in found]
+    if any(at_once):  # of a benchmark before `steps`, there is none
+        times = [m["milliseconds"]["compiled, steps"] for m in found]
+        rows.append(row("compiled, `steps`", times, " ms"))
+        loop = "NumPyro fori_loop"
+        rows.append(row(f"over {loop}", [ratios.get(loop) for ratios in at_once]))
     return table([machine, *models], rows)
 
 

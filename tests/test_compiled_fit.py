@@ -135,10 +135,10 @@ def test_on_a_gpu_most_steps_are_taken_unseen(monkeypatch: pytest.MonkeyPatch) -
     looks: list[bool] = []
     fused_update = Loop._fused_update
 
-    def as_on_a_gpu(self: Loop, batch: Any, look: bool) -> bool:
+    def as_on_a_gpu(self: Loop, batch: Any, look: bool, first: bool) -> bool:
         self.on_cpu = False
-        looks.append(look)
-        return fused_update(self, batch, look)
+        looks.append(first)
+        return fused_update(self, batch, first, first)
 
     monkeypatch.setattr(Loop, "_fused_update", as_on_a_gpu)
     monkeypatch.setattr(step, "Replayed", lambda: Replayed(lambda f, device: f, "cpu"))

@@ -56,6 +56,7 @@ class Program:
         arguments: which of the graph's inputs are arguments of the call; `handed`, which arguments.
         static: what the program returned besides tensors, where a tensor among it stands for the
             number of the graph's input that it is (None if it is no input).
+        device: of the inputs, a GPU if any is there.
         checked: whether it could be held against the eager run: whether that was finite.
         seconds: how long tracing and compiling took.
     """
@@ -80,6 +81,8 @@ class Program:
         self._sources: list[Argument | AnyPlace] = [sources[i] for i in used]
         self.arguments = [n for n, s in enumerate(self._sources) if isinstance(s, Argument)]
         self.handed = [s.index for s in self._sources if isinstance(s, Argument)]
+        devices = [inputs[i].device for i in used]
+        self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         self._readers = [reader(place) for place, _ in recording.frozen]
         self._granted = [value for _, value in recording.frozen]
         self._look_up = _LookUp(self._sources, [inputs[i] for i in used])

@@ -43,8 +43,8 @@ class Replayed:
 
     def __call__(self, call: Call) -> Outputs:
         """What the program computes. On a GPU the tensors hold until the next call."""
-        device = next((t.device for t in call.inputs if t.device.type == self._device_type), None)
-        if device is None or self._failed:
+        device = call.program.device
+        if device.type != self._device_type or self._failed:
             return call.run().outputs
         where = tuple(map(self._address, call.captured))
         captured = self._captured.get(call.program)
@@ -58,13 +58,12 @@ class Replayed:
                 return call.run().outputs
         return captured(call.arguments)
 
-    def again(self, call: Call, *arguments: Tensor) -> Outputs | None:
-        """What the program computes of other arguments, if it is captured, everything else being
-        where it was at the last call."""
+    def again(self, call: Call) -> Outputs:
+        """The same, where everything but the arguments is known to be where it was."""
         captured = self._captured.get(call.program)
         if captured is None or captured.replay is None:
-            return None
-        return captured([arguments[i] for i in call.program.handed])
+            return self(call)
+        return captured(call.arguments)
 
     def _address(self, tensor: Tensor) -> Any:
         """Where a tensor lies; a number elsewhere, which is read at capture alone, as its value."""

@@ -125,14 +125,15 @@ class Step:
     def again(self, *args: Tensor) -> Taken | None:
         """The step that was taken last, on other tensors.
 
-        For a caller who has changed nothing else since but tensors in place: where the step is
-        captured, nothing else is looked at. Where it is not, this is a call.
+        For a caller who has changed nothing else since but tensors in place: nothing else is
+        looked at.
         """
         last = self._last
         if last is None or last.kinds != [signature(argument) for argument in args]:
             return self(*args)
-        outputs = self._replayed.again(last.call, last.numbers, *args)
-        return self(*args) if outputs is None else self._taken(outputs, last.call)
+        arguments = (last.numbers, *args)
+        call = last.call.given([arguments[i] for i in last.call.program.handed])
+        return self._taken(self._replayed.again(call), call)
 
     def _taken(self, outputs: list[Tensor], call: Call) -> Taken:
         self._update.finish()

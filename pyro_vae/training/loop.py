@@ -29,7 +29,9 @@ from pyro_vae.training.state import State, random_state, set_random_state
 
 FORMAT = 1
 VALIDATION = 2**32 - 1  # the key of validation's draws, which no epoch reaches
-STEPS_BETWEEN_LOOKS = 50  # at a GPU's loss: reading it waits for the GPU, and NaN stays in the sums
+# at what a compiled step uses besides its batch; and at a GPU's loss, for which reading would wait
+# (NaN stays in the sums)
+STEPS_BETWEEN_LOOKS = 50
 STEPS_BETWEEN_TALKS = 20  # of several processes, whether one of them was interrupted
 Tracker = Callable[[int], Mapping[str, float] | None]
 
@@ -142,20 +144,22 @@ class Loop:
         state = self.state
         if self.kl_schedule is not None:
             self._set_kl_factor(self.kl_schedule(state.step))
-        look = self.on_cpu or state.position % STEPS_BETWEEN_LOOKS == 0
-        if not self._fused_update(batch, look):
+        first = state.position % STEPS_BETWEEN_LOOKS == 0
+        look = self.on_cpu or first
+        if not self._fused_update(batch, look, first):
             self._update(batch, look)
         state.step += 1
         state.position += 1
 
-    def _fused_update(self, batch: Batch, look: bool) -> bool:
+    def _fused_update(self, batch: Batch, look: bool, first: bool) -> bool:
         """Let one graph take the step, if there is one. It leaves the weights as they are where
-        loss or gradient is not finite; `look` finds out. In between nothing changes but batches."""
+        loss or gradient is not finite; `look` finds out. After a `first` nothing changes for a
+        while but the batches."""
         if self.fused is None:
             return False
         try:
             with self.fabric.autocast():
-                taken = self.fused(*batch) if look else self.fused.again(*batch)
+                taken = self.fused(*batch) if first else self.fused.again(*batch)
         except CompileError as error:
             self.fused = None
             self.mean_terms.run_eagerly(error)
