@@ -1,6 +1,7 @@
 """`fit(compile=...)`: the same draws and the same weights as without, or a word on why not."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,37 @@ class TestOneGraphAStep:
         assert all(p.isfinite().all() for p in vae.parameters())
 
 
+class PlainWeight(pv.ELBO):
+    """An objective of a user's own, whose KL weight is a number."""
+
+    kl_weight = 1.0  # type: ignore[assignment]
+
+    def terms(self, *args: Any, **kwargs: Any) -> Any:
+        terms = super().terms(*args, **kwargs)
+        return replace(terms, loss=self.kl_weight * terms.kl - terms.reconstruction)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_schedule_of_a_weight_that_is_a_number() -> None:
+    states = []
+    for compile in (False, True):
+        vae = small_vae()
+        pv.fit(
+            vae, binary_data(), epochs=2, batch_size=20, kl_schedule=Warmup(6), device="cpu",
+            objective=PlainWeight(), compile=compile,
+        )  # fmt: skip
+        states.append(vae.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_on_a_gpu_most_steps_are_taken_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for captured graphs: KL weight and batches change, and a ragged batch ends
-    the epoch."""
+    """With a stand-in for captured graphs: batches and learning rate change, and a ragged batch
+    ends the epoch."""
     eager = small_vae()
     options = {
-        "epochs": 2, "batch_size": 20, "kl_schedule": Warmup(40), "device": "cpu",
+        "epochs": 2, "batch_size": 20, "device": "cpu",
         "scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.3),
     }  # fmt: skip
     data = binary_data(610, dynamic=True)

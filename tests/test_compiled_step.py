@@ -10,6 +10,7 @@ import torch
 from compiled_models import batch_norm, binary, vae
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyro_vae as pv
 from pyro_vae.compiled import step
@@ -256,6 +257,88 @@ class TestTheUpdate:
         assert AdamUpdate.supports(optimizer)
         optimizer.register_step_post_hook(lambda *_: None)
         assert not AdamUpdate.supports(optimizer)
+
+
+def distance(model: Any, guide: Any, x: Tensor) -> Tensor:
+    """A loss of parameters alone."""
+    return sum(((p.to(x.dtype) - x) ** 2).sum() for p in model)
+
+
+class TestWhatChangesBetweenSteps:
+    """The next step is prepared anew only if it has to be."""
+
+    def start(self, *dtypes: torch.dtype, **options: Any) -> tuple[Any, ...]:
+        """What trains compiled and its optimizer, and a twin of these for torch."""
+        made = []
+        for _ in range(2):
+            held = nn.ParameterList([nn.Parameter(torch.arange(1.0, 4).to(t)) for t in dtypes])
+            made += [held, Adam(held, 0.05, **options)]
+        svi = pv.CompiledSVI(made[0], made[0], made[1], distance, backend="eager")
+        return svi, made[1], made[2], made[3]
+
+    def train(self, svi: Any, twin: Any, its: Any, rows: Tensor) -> None:
+        for x in rows:
+            svi.step(x)
+            its.zero_grad()
+            distance(twin, twin, x).backward()
+            its.step()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda optim: optim.param_groups[0]["betas"].__setitem__(0, 0.1),
+            lambda optim: optim.param_groups[0]["weight_decay"].fill_(2.0),
+            lambda optim: optim.param_groups[0]["eps"].fill_(0.5),
+            lambda optim: optim.state.clear(),
+            lambda optim: optim.state.pop(optim.param_groups[0]["params"][1]),
+            lambda optim: optim.state[optim.param_groups[0]["params"][1]].clear(),
+        ],
+        ids=["betas", "decay", "epsilon", "no state", "one without", "one emptied"],
+    )
+    def test_it_is_seen(self, change: Any) -> None:
+        svi, mine, twin, its = self.start(torch.float64, torch.float64)
+        for optimizer in (mine, its):
+            optimizer.param_groups[0].update(
+                betas=[0.9, 0.99], eps=torch.tensor(1e-8), weight_decay=torch.tensor(0.1)
+            )
+        for _ in range(2):
+            self.train(svi, twin, its, torch.randn(4, 3))
+            for optimizer in (mine, its):
+                change(optimizer)
+        self.train(svi, twin, its, torch.randn(2, 3))
+        same([p.detach() for p in svi.model], [p.detach() for p in twin])
+
+    def test_a_hook_of_all_optimizers_is_called(self) -> None:
+        svi, _, twin, its = self.start(torch.float64)
+        self.train(svi, twin, its, torch.randn(2, 3))
+        seen: list[int] = []
+        handle = register_optimizer_step_post_hook(lambda *_: seen.append(1))
+        try:
+            svi.step(torch.zeros(3))
+        finally:
+            handle.remove()
+        assert seen == [1]
+
+    def test_parameters_of_several_dtypes(self) -> None:
+        """None has its numbers in less than its own precision."""
+        svi, _, twin, its = self.start(torch.float32, torch.float64, torch.float32)
+        self.train(svi, twin, its, torch.randn(20, 3))
+        for p, expected in zip(svi.model, twin, strict=True):
+            torch.testing.assert_close(p, expected)
+
+    def test_steps_are_counted_exactly_whatever_the_default_dtype(self) -> None:
+        svi, mine, *_ = self.start(torch.float32)
+        torch.set_default_dtype(torch.bfloat16)
+        svi.steps(torch.zeros(300, 3))
+        assert mine.state[svi.model[0]]["step"] == 300
+
+    @pytest.mark.parametrize("kind", [Adam, SGD])
+    def test_losses_are_plain_numbers(self, kind: Any) -> None:
+        held = nn.ParameterList([nn.Parameter(torch.ones(3))])
+        svi = pv.CompiledSVI(
+            held, held, kind(held, 0.01), lambda *a: distance(*a).reshape(1), backend="eager"
+        )
+        assert svi.steps(torch.zeros(4, 3)).numpy().shape == (4,)
 
 
 class TestWhatIsNotFinite:

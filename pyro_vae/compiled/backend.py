@@ -57,7 +57,6 @@ def inductor(
         # of torch's own use of torch.jit
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         from torch._inductor.compile_fx import compile_fx
-        from torch._inductor.exc import InductorError
 
         from pyro_vae.compiled import convolutions, matmul
 
@@ -79,7 +78,7 @@ def inductor(
         try:
             with _drawn_whole(), tracing(TracingContext(mode)):
                 return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
-        except InductorError as error:
+        except Exception as error:
             raise CompileError(
                 "TorchInductor cannot compile the program; on a CPU it needs a working C++ "
                 f"compiler (g++ or clang++). It says: {str(error).strip().splitlines()[0]}"

@@ -55,7 +55,7 @@ class _Last:
 
     Attributes:
         numbers: of the update.
-        kinds: of the arguments, None where they were not all positional tensors.
+        kinds: see `_kinds`.
     """
 
     numbers: Tensor
@@ -117,9 +117,7 @@ class Step:
         _, updated = call.program.static
         if any(call.inputs[place] is not pending.parameters[i] for i, place in updated):
             return None
-        plain = not kwargs and all(isinstance(argument, Tensor) for argument in args)
-        kinds = [*map(signature, args)] if plain else None
-        self._last = _Last(pending.numbers, call, kinds)
+        self._last = _Last(pending.numbers, call, _kinds(args, kwargs))
         return self._taken(self._replayed(call), call)
 
     def again(self, *args: Tensor) -> Taken | None:
@@ -129,7 +127,7 @@ class Step:
         looked at.
         """
         last = self._last
-        if last is None or last.kinds != [signature(argument) for argument in args]:
+        if last is None or last.kinds is None or last.kinds != _kinds(args, {}):
             return self(*args)
         arguments = (last.numbers, *args)
         call = last.call.given([arguments[i] for i in last.call.program.handed])
@@ -173,3 +171,10 @@ class Step:
         pairs = zip(parameters, gradients, strict=True)
         updated = [(i, parameter) for i, (parameter, g) in enumerate(pairs) if g is not None]
         return [finite, *outputs], (static, updated)
+
+
+def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+    """What a graph assumes of the arguments; None where they are not all positional tensors."""
+    if kwargs or not all(isinstance(argument, Tensor) for argument in args):
+        return None
+    return [*map(signature, args)]

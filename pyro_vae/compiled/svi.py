@@ -137,7 +137,7 @@ class CompiledSVI:
             loss, finite = self._taken(take, *batch)
             if not finite.is_cuda and not finite:
                 raise self._not_finite(loss, batch, {}, f"step {i + 1} of {count}: ")
-            losses.append(torch.where(finite, loss, torch.nan))
+            losses.append(torch.where(finite, loss.reshape(()), torch.nan))
         found = torch.stack(losses)
         bad = found.isnan().nonzero()
         if len(bad):
@@ -166,7 +166,7 @@ class CompiledSVI:
         with torch.enable_grad():
             call = self._loss.prepare(*args, **kwargs)
             results = call.run()
-            loss = results.outputs[0]
+            loss = results.outputs[0].detach()
             finite = torch.stack([t.isfinite().all() for t in (loss, *results.gradients)]).all()
             if not finite:
                 return loss, finite

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Adam, AdamW
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pyro_vae.errors import ConfigError
 
@@ -21,7 +23,7 @@ KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNT = "step"
 _OPTIONS = itemgetter(
-    "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize",
+    "betas", "lr", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize",
     "differentiable",
 )  # fmt: skip
 # of a parameter: those that are as here want nothing special of a step
@@ -58,19 +60,18 @@ class AdamUpdate:
 
     def __init__(self, optimizer: Adam) -> None:
         self.optimizer = optimizer
-        # the last step, and all that would make the next another
+        # the last step, and what made it what it was
         self._pending: Pending | None = None
         self._options: list[tuple[Any, ...]] = []
-        self._state_then: Any = None
+        self._state: Any = None
 
     @staticmethod
     def supports(optimizer: Any) -> bool:
         """Whether an optimizer's step is the plain algorithm (Kingma & Ba 2015, algorithm 1, or
         Loshchilov & Hutter 2019, algorithm 2) and nothing else."""
-        if type(optimizer) not in KINDS:
+        if type(optimizer) not in KINDS or _is_hooked(optimizer):
             return False
-        hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
-        return not hooks and not any(
+        return not any(
             group["amsgrad"] or group["maximize"] or group["differentiable"]
             for group in optimizer.param_groups
         )
@@ -82,27 +83,26 @@ class AdamUpdate:
         there already, to be added to, or a hook, to be called; or parameters are complex or on
         several devices.
         """
-        options = [_OPTIONS(group) for group in self.optimizer.param_groups]
-        if self._pending is None or not self._as_then(options):
-            self._options = options
+        options = [_options(group) for group in self.optimizer.param_groups]
+        if self._pending is None or not self._is_another_such(self._pending, options):
+            self._options, self._state = options, self.optimizer.state
             self._pending = self._prepared()
-            self._state_then = self.optimizer.state, len(self.optimizer.state)
         return self._pending
 
-    def _as_then(self, options: list[tuple[Any, ...]]) -> bool:
-        """Whether nothing has changed since the last step but tensors in place."""
-        assert self._pending is not None
+    def _is_another_such(self, last: Pending, options: list[tuple[Any, ...]]) -> bool:
+        """Whether the next step is of the same parameters by the same options, as far as can be
+        told without preparing it."""
         optimizer, parameters = self.optimizer, self.parameters()
-        state, entries = self._state_then
+        state: Any = optimizer.state
         return (
             options == self._options
-            and not any(isinstance(n, Tensor) for lr, betas, *_ in options for n in (lr, *betas))
-            and not optimizer._optimizer_step_pre_hooks
-            and not optimizer._optimizer_step_post_hooks
-            and optimizer.state is state
-            and len(state) == entries
-            and len(parameters) == len(self._pending.parameters)
-            and all(map(is_, parameters, self._pending.parameters))
+            # a number in a tensor may have changed in place
+            and not any(isinstance(option, Tensor) for group in options for option in group)
+            and not _is_hooked(optimizer)
+            and state is self._state
+            and len(parameters) == len(last.parameters)
+            and all(map(is_, parameters, last.parameters))
+            and all(COUNT in state.get(parameter, ()) for parameter in parameters)
             and all(standing == _PLAIN for standing in map(_STANDING, parameters))
         )
 
@@ -162,7 +162,7 @@ class AdamUpdate:
         root = (1 - (steps * log_beta2).exp()).sqrt()
         keep = 1 - toward_square
         columns = (step_size, root, toward_g, keep, toward_square, eps, share)
-        common = torch.promote_types(parameters[0].dtype, parameters[-1].dtype)
+        common = reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
         table = torch.stack([column.to(common) for column in columns], 1)
         for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
             if g is None:
@@ -196,13 +196,25 @@ class AdamUpdate:
                     f"the optimizer holds a {type(parameter).__name__}: run model and guide once "
                     "before they are trained"
                 )
-            dtype = torch.float32 if group["fused"] else torch.get_default_dtype()
-            state[COUNT] = torch.zeros((), dtype=dtype)
+            double = torch.get_default_dtype() == torch.float64 and not group["fused"]
+            state[COUNT] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(
                     parameter, memory_format=torch.preserve_format, requires_grad=False
                 )
         state[COUNT] = state[COUNT].to(parameter.device)
+
+
+def _options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """A group's options, numbers and none that hold others."""
+    (beta1, beta2), *rest = _OPTIONS(group)
+    return beta1, beta2, *rest
+
+
+def _is_hooked(optimizer: Adam) -> bool:
+    """Whether anything is called before or after the optimizer's step."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 def _log(beta: float) -> float:

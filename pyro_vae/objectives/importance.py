@@ -109,7 +109,8 @@ class MIWAE(Objective):
         """A function whose gradient is the estimator: sum_k w_k d log w_k / d theta for the model,
         sum_k w_k^2 d log w_k / dz dz / d phi for the guide, w_k the normalised weights."""
         w = _without_negligible(log_w.detach()).softmax(1)
-        squared_w = w.where(w > w.amax(1, keepdim=True) * _negligible(w) ** 0.5, 0).square()
+        least = w.amax(1, keepdim=True) * _negligible(w) ** 0.5
+        squared_w = w.masked_fill(w < least, 0.0).square()
         model_part = weights.total((w * log_w).sum(1).mean(0))
         squared = weights.total((squared_w * log_w).sum(1).mean(0))
         sites = [name for name in leaves if leaves[name].requires_grad]

@@ -144,8 +144,10 @@ class Loop:
         state = self.state
         if self.kl_schedule is not None:
             self._set_kl_factor(self.kl_schedule(state.step))
-        first = state.position % STEPS_BETWEEN_LOOKS == 0
-        look = self.on_cpu or first
+        due = state.position % STEPS_BETWEEN_LOOKS == 0
+        look = self.on_cpu or due
+        # an objective may hold its weight as it likes
+        first = due or self.kl_schedule is not None
         if not self._fused_update(batch, look, first):
             self._update(batch, look)
         state.step += 1
@@ -153,8 +155,8 @@ class Loop:
 
     def _fused_update(self, batch: Batch, look: bool, first: bool) -> bool:
         """Let one graph take the step, if there is one. It leaves the weights as they are where
-        loss or gradient is not finite; `look` finds out. After a `first` nothing changes for a
-        while but the batches."""
+        loss or gradient is not finite; `look` finds out. After a `first` nothing changes but the
+        batches until the next."""
         if self.fused is None:
             return False
         try:
