@@ -97,17 +97,17 @@ def _repeated(make: Callable[[], Step]) -> Take:
 
 def steps(case: Case) -> dict[str, Callable[[], Step]]:
     """Everyone's single step."""
-    steps: dict[str, Callable[[], Step]] = {OURS: lambda: compiled(case)}
+    made: dict[str, Callable[[], Step]] = {OURS: lambda: compiled(case)}
     for kind, loss in case.pyro.items():
-        steps[f"Pyro {kind}"] = partial(pyro_svi, case, loss)
+        made[f"Pyro {kind}"] = partial(pyro_svi, case, loss)
     # the first of them without the checks of arguments that Pyro makes unless told otherwise
     kind, loss = next(iter(case.pyro.items()))
-    steps[f"Pyro {kind}, validation off"] = partial(pyro_svi, case, loss, validation=False)
-    steps[BY_HAND] = lambda: by_hand(case, compile=False)
-    steps[f"{BY_HAND}, torch.compile"] = lambda: by_hand(case, compile=True)
+    made[f"Pyro {kind}, validation off"] = partial(pyro_svi, case, loss, validation=False)
+    made[BY_HAND] = lambda: by_hand(case, compile=False)
+    made[f"{BY_HAND}, torch.compile"] = lambda: by_hand(case, compile=True)
     if case.samples is not None and pythae_peer.is_installed():
-        steps["pythae"] = lambda: pythae(case)
-    return steps
+        made["pythae"] = lambda: pythae(case)
+    return made
 
 
 def compiled(case: Case) -> Step:

@@ -88,6 +88,13 @@ def test_leaving_them_out_changes_no_gradient(gradient, monkeypatch):
     assert not torch.allclose(gradient_at(0.5), whole, rtol=1e-3)
 
 
+def test_squares_leave_out_what_is_nothing_and_keep_what_is_not_finite():
+    w = torch.tensor([[0.7, 0.3, 1e-9, 1e-20], [math.nan] * 4], dtype=torch.float32)
+    found = importance._squared(w.T[None])[0].T
+    expected = torch.tensor([[0.49, 0.09, 1e-18, 0.0], [math.nan] * 4], dtype=torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
 def test_weights_that_are_not_finite_stay_so():
     log_w = torch.tensor([[-math.inf, -math.inf], [0.0, math.inf], [math.nan, 1.0], [-math.inf, 2]])
     left = _without_negligible(log_w.T[None])[0].T

@@ -79,9 +79,10 @@ def inductor(
             with _drawn_whole(), tracing(TracingContext(mode)):
                 return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
         except Exception as error:
+            said = str(error).strip() or type(error).__name__
             raise CompileError(
                 "TorchInductor cannot compile the program; on a CPU it needs a working C++ "
-                f"compiler (g++ or clang++). It says: {str(error).strip().splitlines()[0]}"
+                f"compiler (g++ or clang++). It says: {said.splitlines()[0]}"
             ) from error
 
 

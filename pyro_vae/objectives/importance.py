@@ -109,8 +109,7 @@ class MIWAE(Objective):
         """A function whose gradient is the estimator: sum_k w_k d log w_k / d theta for the model,
         sum_k w_k^2 d log w_k / dz dz / d phi for the guide, w_k the normalised weights."""
         w = _without_negligible(log_w.detach()).softmax(1)
-        least = w.amax(1, keepdim=True) * _negligible(w) ** 0.5
-        squared_w = w.masked_fill(w < least, 0.0).square()
+        squared_w = _squared(w)
         model_part = weights.total((w * log_w).sum(1).mean(0))
         squared = weights.total((squared_w * log_w).sum(1).mean(0))
         sites = [name for name in leaves if leaves[name].requires_grad]
@@ -188,6 +187,12 @@ def _without_negligible(log_w: Tensor) -> Tensor:
     found = log_w.detach()
     least = found.amax(1, keepdim=True) + math.log(_negligible(log_w))
     return log_w.masked_fill(found < least, -math.inf)
+
+
+def _squared(w: Tensor) -> Tensor:
+    """w^2, 0 where that is nothing beside its datum's largest; what is not finite stays so."""
+    least = w.amax(1, keepdim=True) * _negligible(w) ** 0.5
+    return w.masked_fill(w < least, 0.0).square()
 
 
 def _negligible(values: Tensor) -> float:
