@@ -65,6 +65,12 @@ def nonnegative(name: str, value: Any) -> float:
     return number
 
 
+def check_compile(value: Any) -> None:
+    """Raise `ConfigError` unless this says whether to compile."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ConfigError(f'compile is True, False or "auto", got {value!r}')
+
+
 def look_up(kind: str, name: Any, table: Mapping[str, T], also: str = "") -> T:
     """The entry of a registry.
 

@@ -23,6 +23,7 @@ from pyro_vae.errors import ConfigError
 @click.option("--part", type=click.Choice(["train", "valid", "test"]), default="test")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Only the first so many data.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws.")
+@click.option("--compile", is_flag=True, help="Fuse the densities: pays for long evaluations.")
 @click.option("--overwrite", is_flag=True, help="Replace an evaluation that is there.")
 def evaluate(
     run: Path,
@@ -31,6 +32,7 @@ def evaluate(
     part: str,
     limit: int | None,
     seed: int,
+    compile: bool,
     overwrite: bool,
 ) -> None:
     """Estimate log p(x) under RUN, with its error.
@@ -50,8 +52,9 @@ def evaluate(
         if not is_conditional(recipe):
             split = split.given(None)  # log p(x) of every row, not log p(x, y) of those with labels
         evidence = pv.log_marginal(
-            vae.model, vae.guide, split, num_samples=num_samples, method=method, seed=seed
-        )
+            vae.model, vae.guide, split, num_samples=num_samples, method=method, seed=seed,
+            compile=compile and "auto",
+        )  # fmt: skip
         origin = {"data_set": data.name, "part": part, "preparation": data.preparation}
         evidence = replace(evidence, provenance={**evidence.provenance, **origin})
         evidence.save(file)

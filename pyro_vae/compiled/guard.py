@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from pyro_vae.compiled.record import Change
 from pyro_vae.errors import CompileError
@@ -21,6 +22,7 @@ def check_agreement(
     fused: Sequence[Tensor],
     eager: Sequence[Tensor],
     nudged: Sequence[Tensor] | None = None,
+    coarse: torch.dtype = torch.float64,
 ) -> None:
     """Raise unless both lists hold the same numbers up to rounding.
 
@@ -32,6 +34,7 @@ def check_agreement(
 
     Args:
         nudged: the eager numbers at parameters moved by about their rounding.
+        coarse: what the numbers are made of, see `coarsest`.
 
     Raises:
         CompileError: they differ; the message names the worst of them.
@@ -47,7 +50,7 @@ def check_agreement(
                 f"{what}[{i}] is {f.dtype} of shape {tuple(f.shape)} compiled, "
                 f"but {e.dtype} of shape {tuple(e.shape)} eagerly"
             )
-        eps = _resolution(e.dtype)
+        eps = _resolution(e.dtype, coarse)
         distance, allowed = _norm(_double(f) - _double(e)), eps**0.5 * _norm(e) + 100 * eps * total
         if nudged is not None:
             allowed = allowed + 100 * _norm(_double(nudged[i]) - _double(e))
@@ -64,6 +67,7 @@ def check_changes(
     eager: Sequence[Change],
     moved: Mapping[int, Tensor],
     nudged: Sequence[Change] | None = None,
+    coarse: torch.dtype = torch.float64,
 ) -> None:
     """Raise unless both runs changed the same tensors to the same values, up to rounding.
 
@@ -75,7 +79,7 @@ def check_changes(
     Args:
         moved: the first moment of each parameter that an update moves, by the identity of the
             parameter.
-        nudged: see `check_agreement`.
+        nudged, coarse: see `check_agreement`.
 
     Raises:
         CompileError: they differ.
@@ -90,6 +94,7 @@ def check_changes(
         [ours[key] for key in others],
         [theirs[key] for key in others],
         None if about is None else [about[key] for key in others],
+        coarse,
     )
     weighed = [
         (ours[key], theirs[key], before[key], _weight(id(moved[key]), moved[key], theirs, about))
@@ -99,7 +104,7 @@ def check_changes(
     moves = [_norm((e - b) * weight) for _, e, b, weight in weighed]
     total = torch.stack(moves).norm() if moves else torch.zeros(())
     for (f, e, _, weight), move in zip(weighed, moves, strict=True):
-        eps = _resolution(weight.dtype)
+        eps = _resolution(weight.dtype, coarse)
         distance = _norm((f - e) * weight)
         allowed = eps**0.5 * move + 100 * eps * (total + _norm(e * weight))
         if move.isfinite() and not distance <= allowed:
@@ -129,11 +134,24 @@ def _norm(tensor: Tensor) -> Tensor:
     return _double(tensor).cpu().norm().abs()
 
 
-def _resolution(dtype: torch.dtype) -> float:
-    if not dtype.is_floating_point and not dtype.is_complex:
+def coarsest(graph: fx.GraphModule) -> torch.dtype:
+    """The coarsest arithmetic of a graph, which may add up in float64 what it made in float32.
+    Single numbers (a literal, a count of steps) do not count."""
+    values = tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
+    used = {v.dtype for v in values if isinstance(v, Tensor) and v.dim() and _is_rounded(v.dtype)}
+    return max(used, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
+def _is_rounded(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _resolution(dtype: torch.dtype, coarse: torch.dtype) -> float:
+    if not _is_rounded(dtype):
         return 0.0
-    coarse = dtype
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if torch.finfo(dtype).eps > torch.finfo(coarse).eps:
+        coarse = dtype
+    if coarse == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         coarse = torch.bfloat16
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         coarse = torch.bfloat16

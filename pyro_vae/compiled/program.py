@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from pyro_vae.compiled.guard import check_agreement, check_changes
+from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest
 from pyro_vae.compiled.places import AnyPlace, Moment, Territory, reader, same
 from pyro_vae.compiled.record import (
     Recording,
@@ -94,7 +94,7 @@ class Program:
         with torch.no_grad():
             self._call = backend(graph, [inputs[i] for i in used])
         again = partial(rerun, run, arguments, territory, recording)
-        self._check(recording, [inputs[i] for i in used], territory, again)
+        self._check(recording, [inputs[i] for i in used], territory, again, coarsest(graph))
         self.seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
 
     def inputs(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
@@ -123,6 +123,7 @@ class Program:
         inputs: list[Tensor],
         territory: Territory,
         again: Callable[[], Recording],
+        coarse: torch.dtype,
     ) -> None:
         """Hold the graph against the recorded run: the same draws, so the same numbers."""
         with preserved(territory, inputs) as changes:
@@ -131,9 +132,9 @@ class Program:
         moved = territory.update.moved() if territory.update else {}
 
         def compare(outputs: Any = None, gradients: Any = None, changes: Any = None) -> None:
-            check_agreement("outputs", results.outputs, eager.outputs, outputs)
-            check_agreement("gradients", results.gradients, eager.found, gradients)
-            check_changes(changed, eager.changed, moved, changes)
+            check_agreement("outputs", results.outputs, eager.outputs, outputs, coarse)
+            check_agreement("gradients", results.gradients, eager.found, gradients, coarse)
+            check_changes(changed, eager.changed, moved, changes, coarse)
 
         try:
             compare()

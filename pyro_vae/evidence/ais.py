@@ -85,24 +85,38 @@ class Space:
         axes: by site, the dimension that is indexed by row, from the right.
         densities: l(u) and log f_0(u), `(chains, rows)`, differentiable; None stands for the
             log-density of N(0, I).
+
+    Attributes:
+        evaluate: `differentiated`, or what computes the same faster.
     """
 
     def __init__(
         self, axes: dict[str, int], densities: Callable[[Position], tuple[Tensor, Tensor | None]]
     ) -> None:
         self.axes, self.densities = axes, densities
+        self.evaluate: Callable[[Position], Sequence[Tensor]] = self.differentiated
 
     def state(self, u: Position) -> State:
-        """Evaluate l and f_0 and their gradients; what is NaN counts as minus infinity."""
+        """Evaluate l and f_0 and their gradients."""
+        log_base, tilt, *slopes = self.evaluate(u)
+        base_slope, slope = slopes[: len(u)], slopes[len(u) :]
+        return State(
+            u, log_base, tilt, dict(zip(u, base_slope, strict=True)),
+            dict(zip(u, slope, strict=True)),
+        )  # fmt: skip
+
+    def differentiated(self, u: Position) -> list[Tensor]:
+        """log f_0 and l at u; d log f_0/du of every site, and dl/du. NaN counts as minus infinity,
+        and as no slope."""
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in u.items()}
             tilt, log_base = self.densities(leaves)
             slope = _gradient(tilt, leaves, retain=log_base is not None)
             if log_base is not None:
                 base_slope = _gradient(log_base, leaves)
-                return State(u, _finite(log_base), _finite(tilt), base_slope, slope)
-        base_slope = {name: -value for name, value in u.items()}
-        return State(u, -0.5 * self.squares(u), _finite(tilt), base_slope, slope)
+                return [_finite(log_base), _finite(tilt), *base_slope, *slope]
+        base_slope = [-value for value in u.values()]
+        return [-0.5 * self.squares(u), _finite(tilt), *base_slope, *slope]
 
     def squares(self, v: Position) -> Tensor:
         """Sum of v² of each chain and row, `(chains, rows)`, float64."""
@@ -121,16 +135,15 @@ class Space:
         return by_row.reshape(shape).to(like.dtype)
 
 
-def _gradient(value: Tensor, leaves: Position, retain: bool = False) -> Position:
+def _gradient(value: Tensor, leaves: Position, retain: bool = False) -> list[Tensor]:
+    by = list(leaves.values())
     if not value.requires_grad:
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(
-        value.sum(), list(leaves.values()), allow_unused=True, retain_graph=retain
-    )
-    return {
-        name: torch.zeros_like(leaf) if d is None else d.nan_to_num(0.0, 0.0, 0.0)
-        for (name, leaf), d in zip(leaves.items(), found, strict=True)
-    }
+        return [torch.zeros_like(leaf) for leaf in by]
+    found = torch.autograd.grad(value.sum(), by, allow_unused=True, retain_graph=retain)
+    return [
+        torch.zeros_like(leaf) if d is None else d.nan_to_num(0.0, 0.0, 0.0)
+        for leaf, d in zip(by, found, strict=True)
+    ]
 
 
 def _finite(value: Tensor) -> Tensor:

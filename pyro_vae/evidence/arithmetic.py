@@ -21,8 +21,7 @@ class FastArithmetic(TorchFunctionMode):
     PyTorch's products (MKL) run at about half of oneDNN's speed on processors of other makers than
     Intel; on Intel's they are kept. The maker decides and not a stopwatch, so that one machine
     always gives the same bits. PyTorch's tanh takes three times as long as an exponential; here it
-    is expm1(2x) / (expm1(2x) + 2), right to three units in the last place. The compiled graph
-    (`pyro_vae.compile`) fuses the same operations and is no faster than this.
+    is expm1(2x) / (expm1(2x) + 2), right to three units in the last place.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -64,7 +64,7 @@ def _bernoulli(logits: Tensor, x: Tensor) -> Tensor:
         shared, x = small.squeeze(1), x.double()
         return logsigmoid(shared).double() @ x.T + logsigmoid(-shared).double() @ (1 - x).T
     sign = (2 * x - 1).expand(logits.shape)
-    if logits.requires_grad or logits.is_cuda:
+    if torch.is_grad_enabled() or logits.is_cuda:
         return total(logsigmoid(sign * logits))
     out = torch.empty(logits.shape[:-1], dtype=torch.float64, device=logits.device)
     for part, signs, result in slices(logits, sign, out):

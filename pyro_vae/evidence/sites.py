@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import constraints
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pyro_vae import programs
 from pyro_vae.errors import DataError, PyroVAEError, ShapeError, SiteError, SupportError
@@ -54,6 +55,8 @@ def told_of_nan(program: str, x: Any, rows: range) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if _get_current_dispatch_mode() is not None:  # a trace knows no values
+            raise
         culprit = _not_finite(x, rows.start)
         if isinstance(error, PyroVAEError) or not culprit:
             raise
@@ -252,6 +255,16 @@ def outside_support(site: Site) -> Tensor | None:
     return programs.masked(site, (~fn.support.check(site["value"])).double())
 
 
+def outside_observed(site: Site) -> Tensor:
+    """Which observed values are outside their distribution's support, and not masked."""
+    fn, value = site["fn"], site["value"]
+    outside = ~plain_support(fn).check(value)
+    if site["mask"] is None:
+        return outside
+    mask = torch.as_tensor(site["mask"], device=value.device)
+    return outside & mask.reshape(mask.shape + (1,) * len(fn.event_shape))
+
+
 def check_support(name: str, site: Site, plate: int, rows: range) -> None:
     """Raise `SupportError` where an observed value is outside its distribution's support.
 
@@ -260,11 +273,7 @@ def check_support(name: str, site: Site, plate: int, rows: range) -> None:
         rows: those that the site was run on.
     """
     fn, value = site["fn"], site["value"]
-    support = plain_support(fn)
-    outside = ~support.check(value)
-    if site["mask"] is not None:
-        mask = torch.as_tensor(site["mask"], device=value.device)
-        outside = outside & mask.reshape(mask.shape + (1,) * len(fn.event_shape))
+    outside = outside_observed(site)
     if outside.any():
         index = outside.nonzero()[0].tolist()
         row_axis = value.dim() - len(fn.event_shape) + plate
@@ -272,6 +281,6 @@ def check_support(name: str, site: Site, plate: int, rows: range) -> None:
         place = [i for axis, i in enumerate(index) if axis != row_axis]
         shown = f" = {value[tuple(index)].item():g}" if outside.dim() == value.dim() else ""
         raise SupportError(
-            f'observed site "{name}" takes values in {support}, but row {row}, position '
+            f'observed site "{name}" takes values in {plain_support(fn)}, but row {row}, position '
             f"{place}{shown} is outside"
         )

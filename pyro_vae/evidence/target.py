@@ -17,6 +17,7 @@ from pyro_vae import programs
 from pyro_vae.errors import SiteError
 from pyro_vae.evidence import kernels
 from pyro_vae.evidence.arithmetic import FastArithmetic
+from pyro_vae.evidence.inner_loop import Function, InnerLoop
 from pyro_vae.evidence.sites import (
     check_alike,
     check_auxiliary,
@@ -33,7 +34,7 @@ from pyro_vae.evidence.sites import (
 )
 from pyro_vae.programs import Pair, Run, Site
 from pyro_vae.seeding import derive
-from pyro_vae.typing import Program
+from pyro_vae.typing import Compile, Program
 
 PROBE_ROWS = 3
 
@@ -47,6 +48,7 @@ class Target:
         x: `(N, ...)`, on the device and in the precision of the programs.
         args: further arguments; tensors of length N are taken by row, as `x` is.
         enumerate_all: sum over all latent sites, which must be discrete, and leave the guide out.
+        compile: whether functions given to `looped` are compiled.
 
     Attributes:
         ids: numbers of the rows that fix their random streams.
@@ -67,6 +69,7 @@ class Target:
         x: Tensor,
         args: Sequence[Any] = (),
         enumerate_all: bool = False,
+        compile: Compile = False,
     ) -> None:
         self.ids: Sequence[int] = range(len(x))
         self.model, self.guide = model, guide
@@ -76,6 +79,8 @@ class Target:
         self.evaluations = 0
         self.nesting = 0
         self.enumerate_all = enumerate_all
+        self.check_support = check_support
+        self.compile = compile
         rows = range(min(self.size, PROBE_ROWS))
         run = self._probe(rows, 1)
         sites = [*run.model.items(), *run.guide.items()]
@@ -100,6 +105,16 @@ class Target:
         if not enumerate_all:
             self._probe(rows, 2)
         self.bytes_per_pair = self._measure()
+        self._prior_and_joint = self.looped(Target._weighed)
+
+    def looped(self, function: Function) -> Function:
+        """A function of a target (this one, or a subset of it), its rows and values of its sites,
+        as it is run many times: compiled, if that is wanted."""
+        return InnerLoop(function, self, self.compile is True) if self.compile else function
+
+    def arguments_of(self, rows: range) -> tuple[Any, ...]:
+        """What the programs are called with on some rows."""
+        return self._take(slice(rows.start, rows.stop))
 
     def subset(self, chosen: Sequence[int]) -> Target:
         """The target of some of the rows, which keep their random streams."""
@@ -116,7 +131,7 @@ class Target:
 
     def pair(self, rows: range, num_draws: int) -> Pair:
         """The programs on some rows, to be run for several draws at once."""
-        return Pair(self.model, self.guide, self._args(rows), {}, num_draws, self.nesting)
+        return Pair(self.model, self.guide, self.arguments_of(rows), {}, num_draws, self.nesting)
 
     def log_joint(self, rows: range, values: Mapping[str, Tensor]) -> Tensor:
         """log p(x, z), `(num_draws, rows)`, summed over the discrete sites that the guide lacks.
@@ -133,6 +148,12 @@ class Target:
         self, rows: range, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """log p(z) and log p(x, z), as `log_joint`."""
+        # a gradient is taken of the operations themselves
+        weigh = Target._weighed if torch.is_grad_enabled() else self._prior_and_joint
+        prior, joint = weigh(self, rows, values)
+        return prior, joint
+
+    def _weighed(self, rows: range, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         parts = [(prior, joint) for _, prior, joint in self.by_state(rows, values)]
         if len(parts) == 1:
             return parts[0]
@@ -167,7 +188,7 @@ class Target:
         likelihood, outside = torch.zeros_like(prior), []
         for name, site in sites.items():
             if name in self.observed:
-                check_support(name, site, self.plate, rows)
+                self.check_support(name, site, self.plate, rows)
                 likelihood = likelihood + self.within(kernels.log_prob(site))
             else:
                 prior = prior + self.within(kernels.log_prob(site))
@@ -192,9 +213,6 @@ class Target:
             name: value[draws].narrow(self.axis(name), rows.start, rows.stop - rows.start)
             for name, value in values.items()
         }
-
-    def _args(self, rows: range) -> tuple[Any, ...]:
-        return self._take(slice(rows.start, rows.stop))
 
     def _take(self, rows: Any) -> tuple[Any, ...]:
         pairs = zip(self.arguments, self.by_row, strict=True)

@@ -19,7 +19,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import programs
-from pyro_vae.checks import positive
+from pyro_vae.checks import check_compile, positive
 from pyro_vae.errors import ConfigError, PyroVAEError, ShapeError, SiteError
 from pyro_vae.objectives import Objective, Terms
 from pyro_vae.training.batches import Batch
@@ -50,8 +50,7 @@ def check_settings(settings: Settings) -> None:
         raise ConfigError(f"{type(objective).__name__} has no KL weight for kl_schedule to change")
     if schedule is not None:
         _check_schedule(schedule)
-    if not isinstance(settings.compile, bool) and settings.compile != "auto":
-        raise ConfigError(f'compile is True, False or "auto", got {settings.compile!r}')
+    check_compile(settings.compile)
 
 
 def check_arguments(

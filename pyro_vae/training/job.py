@@ -33,7 +33,8 @@ from pyro_vae.training.folder import MODEL, check_free, check_resumable, write_c
 from pyro_vae.training.loop import Loop, Tracker
 from pyro_vae.training.mean_terms import MeanTerms
 from pyro_vae.training.metrics import Row
-from pyro_vae.training.settings import Compile, MakeOptimizer, MakeScheduler, Settings
+from pyro_vae.training.settings import MakeOptimizer, MakeScheduler, Settings
+from pyro_vae.typing import Compile
 
 
 @dataclass(frozen=True)

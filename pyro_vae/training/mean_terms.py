@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pyro_vae.objectives import Objective, Terms
 from pyro_vae.training.batches import Batch
-from pyro_vae.training.settings import Compile
+from pyro_vae.typing import Compile
 
 if TYPE_CHECKING:
     from pyro_vae.compiled.step import Step

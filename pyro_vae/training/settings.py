@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from pyro_vae.objectives import Objective
 from pyro_vae.provenance import fingerprint
 from pyro_vae.training.batches import as_split
 from pyro_vae.training.folder import describe
+from pyro_vae.typing import Compile
 
 # how torch computes an update, which another device may do otherwise
 IMPLEMENTATION = ("foreach", "fused", "capturable")
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-Compile = bool | Literal["auto"]
 PROBES = (0, 1, 10, 100, 1000, 10_000)
 
 
