@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import pyro
@@ -74,7 +73,7 @@ class Fused:
             )
         leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (structure, tuple(map(_describe, leaves)), _surroundings())
+        key = (structure, *map(_describe, leaves), *_surroundings())
         programs = self._programs.setdefault(key, [])
         for program in programs:
             inputs = program.inputs(tensors)
@@ -93,7 +92,8 @@ class Fused:
             leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
             for leaf in leaves
         ]
-        args, kwargs = tree_unflatten(own, structure)
+        by_position = isinstance(structure, int)
+        args, kwargs = (own, {}) if by_position else tree_unflatten(own, structure)
         count = sum(map(len, self._programs.values())) + 1
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in own if isinstance(leaf, Tensor))
         _tell(f"compiling for arguments of shape {shapes}: once, seconds to a minute ...")
@@ -117,16 +117,11 @@ class Fused:
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The leaves of the arguments and how they hang together; quickly where all are tensors."""
+    """The leaves of the arguments and how they hang together: of tensors by position their number,
+    which is quickly made and looked up."""
     if not kwargs and all(type(argument) is Tensor for argument in args):
-        return list(args), _structure(len(args))
+        return list(args), len(args)
     return tree_flatten((args, kwargs))
-
-
-@cache
-def _structure(count: int) -> Any:
-    """Of so many positional tensors."""
-    return tree_flatten(((None,) * count, {}))[1]
 
 
 class Call(NamedTuple):
@@ -208,8 +203,10 @@ class _Differentiable(torch.autograd.Function):
 
 def _describe(leaf: Any) -> Any:
     """What a graph assumes of an argument."""
+    if type(leaf) is Tensor and leaf.layout is torch.strided:  # as nearly all are
+        return signature(leaf)
     if isinstance(leaf, Tensor):
-        if leaf.layout is not torch.strided or type(leaf) not in (Tensor, torch.nn.Parameter):
+        if leaf.layout is not torch.strided or type(leaf) is not torch.nn.Parameter:
             raise CompileError(
                 f"a compiled program takes plain dense tensors, got a {type(leaf).__name__} of "
                 f"layout {leaf.layout}"

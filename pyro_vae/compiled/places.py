@@ -8,16 +8,16 @@ are all seen; and a number, a module or a function that changed is known to inva
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from pyro_vae import held, reach
-from pyro_vae.compiled.update import COUNT, MOMENTS, AdamUpdate
+from pyro_vae.compiled.update import KEPT, AdamUpdate
 from pyro_vae.held import Place, Size, is_constant
 
 
@@ -33,16 +33,19 @@ class Held(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """A tensor in an optimizer's state."""
+    """A tensor in an optimizer's state, as an update has found it."""
 
-    optimizer: Optimizer
-    parameter: Tensor
-    key: str
+    state: list[Tensor]
+    position: int
     label: str
 
-    def get(self) -> Any:
-        """What the optimizer keeps of the parameter now."""
-        return self.optimizer.state.get(self.parameter, {}).get(self.key)
+    def get(self) -> Tensor:
+        """What the optimizer keeps now."""
+        return self.state[self.position]
+
+    def reader(self) -> Callable[[], Tensor]:
+        """`get`, faster."""
+        return partial(self.state.__getitem__, self.position)
 
 
 AnyPlace = held.AnyPlace | Held | Moment
@@ -106,11 +109,10 @@ class Territory:
     def _moments(self) -> list[Moment]:
         if self.update is None:
             return []
-        optimizer = self.update.optimizer
+        state = self.update.state
         return [
-            Moment(optimizer, p, key, f"the optimizer's {key}")
-            for p in self.update.parameters() for key in (*MOMENTS, COUNT)
-        ]  # fmt: skip
+            Moment(state, i, f"the optimizer's {KEPT[i % len(KEPT)]}") for i in range(len(state))
+        ]
 
 
 def _stored() -> Iterator[Place]:
@@ -127,7 +129,7 @@ def _is_granted(value: Any) -> bool:
 
 def reader(place: AnyPlace) -> Callable[[], Any]:
     """How to look at a place at every step. Objects keep their dictionaries; a store may not."""
-    if isinstance(place, Size) or (
+    if isinstance(place, Size | Moment) or (
         isinstance(place, Place) and not isinstance(place.owner, ParamStoreDict)
     ):
         return place.reader()

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import call, is_
+from operator import attrgetter, call, is_
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest
@@ -145,49 +144,54 @@ class Program:
 
 
 class _LookUp:
-    """Finds the inputs of a graph, and sees that they are such as it was made for."""
+    """Finds the inputs of a graph, and sees that they are such as it was made for.
+
+    At every step, and so without a loop of Python where nothing has changed.
+    """
 
     def __init__(self, sources: Sequence[Argument | AnyPlace], examples: Sequence[Tensor]) -> None:
         self._count = len(sources)
-        self._arguments: list[tuple[int, int]] = []
-        self._places: list[tuple[int, Callable[[], Any], Any]] = []
-        self._moments: dict[Tensor, list[tuple[int, str, Tensor, Any]]] = {}
-        self._optimizer: Optimizer | None = None
-        for n, (source, example) in enumerate(zip(sources, examples, strict=True)):
-            if isinstance(source, Argument):
-                self._arguments.append((n, source.index))
-            elif isinstance(source, Moment):
-                self._optimizer = source.optimizer
-                entry = (n, source.key, example, signature(example))
-                self._moments.setdefault(source.parameter, []).append(entry)
-            else:
-                self._places.append((n, reader(source), signature(example)))
+        self._arguments = [(n, s.index) for n, s in enumerate(sources) if isinstance(s, Argument)]
+        found = [(n, s) for n, s in enumerate(sources) if not isinstance(s, Argument)]
+        found.sort(key=lambda entry: isinstance(entry[1], Moment))
+        self._num_places = sum(not isinstance(place, Moment) for _, place in found)
+        self._positions = [n for n, _ in found]
+        self._readers = [reader(place) for _, place in found]
+        self._held = [examples[n] for n in self._positions]  # what was found last
+        self._signatures = signatures(self._held)
+        self._signatures_of_places = signatures(self._held[: self._num_places])
 
     def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
         """The inputs; None where one is not what it was."""
+        held = [*map(call, self._readers)]
+        if not all(map(is_, held, self._held)):
+            if not all(isinstance(value, Tensor) for value in held):
+                return None
+            if signatures(held) != self._signatures:
+                return None
+            self._held = held
+        # a parameter may change its layout and stay the object it is, a moment does not
+        elif signatures(held[: self._num_places]) != self._signatures_of_places:
+            return None
         values: list[Any] = [None] * self._count
+        for n, value in zip(self._positions, held, strict=True):
+            values[n] = value
         for n, index in self._arguments:  # known by the kind of the call
             values[n] = arguments[index]
-        for n, read, expected in self._places:
-            value = values[n] = read()
-            if not isinstance(value, Tensor) or signature(value) != expected:
-                return None
-        state: Any = self._optimizer.state if self._optimizer is not None else {}
-        for parameter, entries in self._moments.items():
-            held = state.get(parameter, {})
-            for n, key, example, expected in entries:
-                value = values[n] = held.get(key)
-                # a parameter may change its layout and stay the object it is, a moment does not
-                if value is not example and (
-                    not isinstance(value, Tensor) or signature(value) != expected
-                ):
-                    return None
         return values
+
+
+_ASSUMED = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 def signature(tensor: Tensor) -> tuple[Any, ...]:
     """What a graph assumes of an input."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    return *_ASSUMED(tensor), tensor.stride()
+
+
+def signatures(tensors: Sequence[Tensor]) -> list[Any]:
+    """What a graph assumes of its inputs."""
+    return [*map(_ASSUMED, tensors), *map(Tensor.stride, tensors)]
 
 
 def _owned(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from pyro_vae.compiled.backend import resolve
 from pyro_vae.compiled.fused import Call, Computation, Fused, flatten
 from pyro_vae.compiled.places import Territory
-from pyro_vae.compiled.program import Backend, signature
+from pyro_vae.compiled.program import Backend, signatures
 from pyro_vae.compiled.record import gradients_of
 from pyro_vae.compiled.replay import Replayed
 from pyro_vae.compiled.update import AdamUpdate, Decay, Pending
@@ -55,12 +55,18 @@ class _Last:
 
     Attributes:
         numbers: of the update.
-        kinds: see `_kinds`.
+        args: that model and guide were called with; `kwargs` too.
     """
 
     numbers: Tensor
     call: Call
-    kinds: list[Any] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @cached_property
+    def kinds(self) -> list[Any] | None:
+        """What the graph assumes of the arguments; None where they are not tensors by position."""
+        return _kinds(self.args) if not self.kwargs else None
 
 
 class Step:
@@ -117,7 +123,7 @@ class Step:
         _, updated = call.program.static
         if any(call.inputs[place] is not pending.parameters[i] for i, place in updated):
             return None
-        self._last = _Last(pending.numbers, call, _kinds(args, kwargs))
+        self._last = _Last(pending.numbers, call, args, kwargs)
         return self._taken(self._replayed(call), call)
 
     def again(self, *args: Tensor) -> Taken | None:
@@ -127,7 +133,7 @@ class Step:
         looked at.
         """
         last = self._last
-        if last is None or last.kinds is None or last.kinds != _kinds(args, {}):
+        if last is None or last.kinds is None or last.kinds != _kinds(args):
             return self(*args)
         arguments = (last.numbers, *args)
         call = last.call.given([arguments[i] for i in last.call.program.handed])
@@ -173,8 +179,6 @@ class Step:
         return [finite, *outputs], (static, updated)
 
 
-def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-    """What a graph assumes of the arguments; None where they are not all positional tensors."""
-    if kwargs or not all(isinstance(argument, Tensor) for argument in args):
-        return None
-    return [*map(signature, args)]
+def _kinds(args: tuple[Any, ...]) -> list[Any] | None:
+    """What a graph assumes of the arguments; None where they are not all tensors."""
+    return signatures(args) if all(isinstance(argument, Tensor) for argument in args) else None

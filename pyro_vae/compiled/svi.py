@@ -135,9 +135,11 @@ class CompiledSVI:
         for i, batch in enumerate(zip(*args, strict=True)):
             take = self._step.again if i and self._step is not None else self._step
             loss, finite = self._taken(take, *batch)
-            if not finite.is_cuda and not finite:
+            if finite.is_cuda:  # which is not waited for
+                loss = torch.where(finite, loss, torch.nan)
+            elif not finite:
                 raise self._not_finite(loss, batch, {}, f"step {i + 1} of {count}: ")
-            losses.append(torch.where(finite, loss.reshape(()), torch.nan))
+            losses.append(loss.reshape(()))
         found = torch.stack(losses)
         bad = found.isnan().nonzero()
         if len(bad):

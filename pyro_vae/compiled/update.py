@@ -6,9 +6,9 @@ Torch's own step costs a tenth of a millisecond of Python and passes over every 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import reduce
-from operator import attrgetter, is_, itemgetter
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import attrgetter, call, is_, itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from pyro_vae.errors import ConfigError
 KINDS = (Adam, AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNT = "step"
+KEPT = (*MOMENTS, COUNT)
 _OPTIONS = itemgetter(
     "betas", "lr", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize",
     "differentiable",
@@ -56,14 +57,20 @@ class AdamUpdate:
 
     Args:
         optimizer: for which `supports` is true.
+
+    Attributes:
+        state: what the optimizer keeps of the parameters of the next step, `KEPT` of each in turn.
     """
 
     def __init__(self, optimizer: Adam) -> None:
         self.optimizer = optimizer
+        self.state: list[Tensor] = []
         # the last step, and what made it what it was
         self._pending: Pending | None = None
         self._options: list[tuple[Any, ...]] = []
-        self._state: Any = None
+        self._in_tensors = False
+        self._state_of: list[dict[str, Any]] = []
+        self._readers: list[Callable[[], Any]] = []
 
     @staticmethod
     def supports(optimizer: Any) -> bool:
@@ -85,25 +92,24 @@ class AdamUpdate:
         """
         options = [_options(group) for group in self.optimizer.param_groups]
         if self._pending is None or not self._is_another_such(self._pending, options):
-            self._options, self._state = options, self.optimizer.state
-            self._pending = self._prepared()
+            self._options, self._pending = options, self._prepared()
+            self._in_tensors = any(isinstance(o, Tensor) for group in options for o in group)
         return self._pending
 
     def _is_another_such(self, last: Pending, options: list[tuple[Any, ...]]) -> bool:
         """Whether the next step is of the same parameters by the same options, as far as can be
         told without preparing it."""
-        optimizer, parameters = self.optimizer, self.parameters()
-        state: Any = optimizer.state
+        parameters = self.parameters()
         return (
             options == self._options
             # a number in a tensor may have changed in place
-            and not any(isinstance(option, Tensor) for group in options for option in group)
-            and not _is_hooked(optimizer)
-            and state is self._state
-            and len(parameters) == len(last.parameters)
-            and all(map(is_, parameters, last.parameters))
-            and all(COUNT in state.get(parameter, ()) for parameter in parameters)
-            and all(standing == _PLAIN for standing in map(_STANDING, parameters))
+            and not self._in_tensors
+            and not _is_hooked(self.optimizer)
+            and _are_same(parameters, last.parameters)
+            # in order, since to look a tensor up costs a call of Python
+            and _are_same([*self.optimizer.state.values()], self._state_of)
+            and _are_same([*map(call, self._readers)], self.state)
+            and [*map(_STANDING, parameters)].count(_PLAIN) == len(parameters)
         )
 
     def _prepared(self) -> Pending | None:
@@ -131,6 +137,10 @@ class AdamUpdate:
         devices = {parameter.device for parameter in parameters}
         if len(devices) != 1 or any(parameter.is_complex() for parameter in parameters):
             return None
+        state = self.optimizer.state
+        self._state_of = [*state.values()]
+        self._readers = [partial(state[p].get, key) for p in parameters for key in KEPT]
+        self.state[:] = map(call, self._readers)
         # a flat list, which torch reads several times as fast
         table = torch.tensor(numbers, dtype=torch.float64).view(len(parameters), -1)
         return Pending(parameters, table.to(devices.pop()), tuple(decays))
@@ -203,6 +213,11 @@ class AdamUpdate:
                     parameter, memory_format=torch.preserve_format, requires_grad=False
                 )
         state[COUNT] = state[COUNT].to(parameter.device)
+
+
+def _are_same(now: Sequence[Any], then: Sequence[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(now) == len(then) and all(map(is_, now, then))
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
