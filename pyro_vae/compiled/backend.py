@@ -66,8 +66,9 @@ def inductor(
         options: dict[str, Any] = {"fallback_random": True}
         # checked once, against the eager run (`Program`), instead of at every step
         options |= {"size_asserts": False, "alignment_asserts": False}
-        # on a CPU the calls of the kernels are a good part of a small step: they too in C++
-        options["cpp_wrapper"] = on_cpu
+        # on a CPU the calls of the kernels are a good part of a small step: they too in C++, and
+        # what they leave for one another in one piece of memory instead of dozens
+        options["cpp_wrapper"] = options["memory_planning"] = on_cpu
         if not vectorized:
             options["cpp.simdlen"] = 1
         if matmul.available():
