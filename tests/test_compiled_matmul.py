@@ -77,6 +77,19 @@ def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.Mon
     assert num_products(graph_of(step, *layer(128))) == 0
 
 
+def test_a_bias_that_stays_is_added_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_WORTHWHILE", 0.0)
+    for args, moved in ((layer(128), True), (layer(4), True), (layer(128, torch.float64), False)):
+        graph = graph_of(step, *args)
+        matmul.FasterProducts()(graph.graph)
+        graph.recompile()
+        targets = [node.target for node in graph.graph.nodes]
+        assert (torch.ops.aten.addmm.default not in targets) == moved
+        assert all("val" in node.meta for node in graph.graph.nodes if node.op == "call_function")
+        for got, expected in zip(graph(*args), step(*args), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
 def test_generated_code_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the three layouts, with a bias and without; and not by way of Python."""

@@ -10,10 +10,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from compiled_models import FEATURES, LATENT, MODELS, binary, dropout, vae
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceTMC_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.compiled import backend
 from pyro_vae.errors import CompileError, ConfigError
 
 needs_compiler = pytest.mark.skipif(
@@ -220,7 +221,15 @@ print(counters["inductor"]["fxgraph_cache_hit"], compiled(torch.zeros(5, 6)).ite
     assert first == second
 
 
+def test_enumeration_is_compiled_to_scalar_code() -> None:
+    assert backend.resolve("inductor", pv.ELBO()) is backend.inductor
+    for loss in (TraceEnum_ELBO(), TraceTMC_ELBO()):
+        made_by = backend.resolve("inductor", loss)
+        assert (made_by.func, made_by.keywords) == (backend.inductor, {"vectorized": False})
+
+
 @needs_compiler
+@pytest.mark.slow
 def test_a_chain_that_is_enumerated_is_compiled_right() -> None:
     """TorchInductor's vector code of this one is wrong, and the guard would say so."""
     transition, loc = (nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.linspace(-2, 2, 8)))

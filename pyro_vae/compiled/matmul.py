@@ -3,7 +3,9 @@
 PyTorch sends fp32 products to its BLAS (MKL, on x86). On some machines oneDNN, which PyTorch
 carries as well, is about twice as fast at the same precision; on others it is not. So every large
 product of a compiled graph is timed both ways, on its own shape and layout, and takes the faster.
-The choice is part of what torch keeps in its compilation cache.
+The choice is part of what torch keeps in its compilation cache. A bias that is left to the BLAS is
+added afterwards, by the kernel that goes on with the result: the BLAS would have it copied into
+every row first.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _SMALLEST = 1_000_000
 _ROUNDS = 15
 _WORTHWHILE = 0.9
 _PERMUTE = torch.ops.aten.permute.default
+_MM, _ADD = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,12 +42,15 @@ _library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 _library.impl("product", _onednn, "CPU")
 
 
+_PRODUCT = torch.ops.pyro_vae.product.default
+
+
 @torch.library.register_fake("pyro_vae::product", lib=_library)
 def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-@register_lowering(torch.ops.pyro_vae.product.default, type_promotion_kind=None)
+@register_lowering(_PRODUCT, type_promotion_kind=None)
 def _call(a: Any, b: Any, bias: Any) -> Any:
     """The call in generated code: of oneDNN itself, which takes any layout; of the operator above
     it would be a call of Python."""
@@ -60,7 +66,8 @@ def _call(a: Any, b: Any, bias: Any) -> Any:
 
 
 class FasterProducts(CustomGraphPass):
-    """Replaces the products of a graph that oneDNN computes faster."""
+    """Replaces the products of a graph that oneDNN computes faster, and takes the bias out of the
+    others."""
 
     def __call__(self, graph: fx.Graph) -> None:
         choices: dict[Any, bool] = {}
@@ -70,13 +77,20 @@ class FasterProducts(CustomGraphPass):
                 continue
             key = tuple(_layout(operand) for operand in operands)
             if key not in choices:
-                choices[key] = _faster(*key)
-            if choices[key]:
-                with graph.inserting_before(node):
-                    product = graph.call_function(torch.ops.pyro_vae.product.default, operands)
-                product.meta.update(node.meta)
-                node.replace_all_uses_with(product)
-                graph.erase_node(node)
+                choices[key] = _is_large(*key) and _faster(*key)
+            *factors, bias = operands
+            with graph.inserting_before(node):
+                if choices[key]:
+                    new = graph.call_function(_PRODUCT, operands)
+                elif bias is not None:
+                    new = graph.call_function(_MM, tuple(factors))
+                    new.meta.update(node.meta)
+                    new = graph.call_function(_ADD, (new, bias))
+                else:
+                    continue
+            new.meta.update(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,), f"{torch.get_num_threads()}")
@@ -88,8 +102,8 @@ def available() -> bool:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """`(a, b, bias)` if the node is a large fp32 product on the CPU that oneDNN could take."""
-    if node.target is torch.ops.aten.mm.default:
+    """`(a, b, bias)` if the node is a fp32 product on the CPU that oneDNN could take."""
+    if node.target is _MM:
         a, b = node.args
         bias = None
     elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
@@ -104,12 +118,17 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         return None
     if bias is not None and values[2].dim() != 1:
         return None
-    size = values[0].shape[0] * values[0].shape[1] * values[1].shape[1]
-    return (a, b, bias) if size >= _SMALLEST else None  # type: ignore[return-value]
+    return a, b, bias  # type: ignore[return-value]
 
 
 def _layout(operand: fx.Node | None) -> tuple[torch.Size, tuple[int, ...]] | None:
     return None if operand is None else (operand.meta["val"].shape, operand.meta["val"].stride())
+
+
+def _is_large(a: Any, b: Any, bias: Any) -> bool:
+    """Whether the arithmetic counts for more than a call's overhead."""
+    (rows, inner), columns = a[0], b[0][1]
+    return rows * inner * columns >= _SMALLEST
 
 
 def _example(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
