@@ -1,15 +1,20 @@
-"""Transposed convolutions to one channel as products, held against PyTorch's own."""
+"""Graphs with convolutions made faster, held against PyTorch's own operations."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import conv_transpose2d
 
-from pyro_vae.compiled.convolutions import multiply_out, transposed_convolution
+from pyro_vae.compiled import convolutions
+from pyro_vae.compiled.backend import inductor
+from pyro_vae.compiled.convolutions import lay_out, multiply_out, transposed_convolution
 
 SETTINGS = [
     (kernel, stride, padding)
@@ -66,3 +71,40 @@ def test_a_convolution_is_left_as_it_is() -> None:
     assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [
         torch.ops.aten.convolution.default
     ]
+
+
+def encode(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.silu(torch.conv2d(x, weight, stride=2)).flatten(1)
+
+
+def relu_of_the_flat(x: Tensor, weight: Tensor) -> Tensor:
+    maps = torch.conv2d(x, weight, stride=2)
+    return torch.cat([maps.flatten(1).relu_(), maps.mean((2, 3))], 1)
+
+
+def one_place_each(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.silu(torch.conv2d(x, weight).mean((2, 3), True)).flatten(1)
+
+
+IMAGES, FILTERS = torch.randn(4, 1, 12, 12), torch.randn(8, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "laid_out"), [(encode, True), (relu_of_the_flat, False), (one_place_each, False)]
+)
+def test_what_is_flattened_is_laid_out(function: Callable[..., Tensor], laid_out: bool) -> None:
+    graph = make_fx(function, tracing_mode="fake")(IMAGES, FILTERS)
+    lay_out(graph)
+    assert any(n.target is convolutions._LAID_OUT for n in graph.graph.nodes) == laid_out
+    torch.testing.assert_close(graph(IMAGES, FILTERS), function(IMAGES, FILTERS))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
+def test_generated_code_computes_the_same_and_is_kept_on_disk() -> None:
+    from torch._dynamo.utils import counters
+
+    bypassed = counters["inductor"]["fxgraph_cache_bypass"]
+    graph = make_fx(lambda *inputs: [encode(*inputs)], tracing_mode="fake")(IMAGES, FILTERS)
+    compiled = inductor(graph, [IMAGES, FILTERS])
+    torch.testing.assert_close(compiled(IMAGES, FILTERS)[0], encode(IMAGES, FILTERS))
+    assert counters["inductor"]["fxgraph_cache_bypass"] == bypassed

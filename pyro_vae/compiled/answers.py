@@ -76,7 +76,7 @@ def _alike(flag: Tensor) -> bool:
     assert mode is not None
     proxied: Any = get_proxy_slot(flag, mode.tracer)
     comparison = proxied.proxy.node.args[0]
-    changed = _sources(n.args[0] for n in comparison.graph.nodes if _is_in_place(n))
+    changed = _sources(n.args[0] for n in comparison.graph.nodes if is_in_place(n))
     if changed & _sources(comparison.args) or not _same_node(*comparison.args):
         raise CompileError(
             f"{where_now()} cannot be compiled: whether two scales or masks are the same is known "
@@ -85,7 +85,8 @@ def _alike(flag: Tensor) -> bool:
     return True
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node writes to one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

@@ -1,15 +1,71 @@
-"""Transposed convolutions to one channel, as a decoder of grey images ends with, on a CPU.
+"""Convolutions on a CPU: what makes their graphs slow without need.
 
-PyTorch's kernel pads the output's channels to a vector register, and computes sixteen for one. A
-product of matrices whose results are added where they overlap computes what is asked for. From two
-channels on it is no faster.
+Transposed convolutions to one channel, as a decoder of grey images ends with: PyTorch's kernel pads
+the output's channels to a vector register, and computes sixteen for one. A product of matrices
+whose results are added where they overlap computes what is asked for. From two channels on it is no
+faster.
+
+Maps that are flattened, as an encoder ends with: TorchInductor has the channels of a convolution's
+output lie side by side, and would compute an activation in the order of the flat vector, one number
+at a time. So what is flattened is laid out first.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
+from torch._inductor.ir import ExternKernel
+from torch._inductor.lowering import register_lowering
 from torch.nn.functional import pad
+
+from pyro_vae.compiled.answers import is_in_place
+
+_FLATTENS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+_library = torch.library.Library("pyro_vae", "FRAGMENT")
+_library.define("laid_out(Tensor maps) -> Tensor")
+_library.impl("laid_out", lambda maps: maps.clone(), "CPU")
+_LAID_OUT = torch.ops.pyro_vae.laid_out.default
+
+
+@torch.library.register_fake("pyro_vae::laid_out", lib=_library)
+def _like(maps: Tensor) -> Tensor:
+    return torch.empty_like(maps, memory_format=torch.contiguous_format)
+
+
+@register_lowering(_LAID_OUT, type_promotion_kind=None)
+def _in_memory(maps: Any) -> Any:
+    return ExternKernel.require_contiguous(maps)
+
+
+def lay_out(graph: fx.GraphModule) -> None:
+    """Have maps that are about to be flattened in memory."""
+    for node in graph.graph.nodes:
+        if node.target in _FLATTENS and _merges_channels(node):
+            maps: Any = node.args[0]
+            with graph.graph.inserting_before(node):
+                laid_out = graph.graph.call_function(_LAID_OUT, (maps,))
+            laid_out.meta.update(maps.meta)
+            node.replace_input_with(maps, laid_out)
+    graph.recompile()
+
+
+def _merges_channels(node: fx.Node) -> bool:
+    """Whether channels are put in a row with the places of two-dimensional maps."""
+    maps: Any = node.args[0]
+    before, after = maps.meta["val"], node.meta["val"]
+    return (
+        before.device.type == "cpu"
+        and before.dim() == 4
+        and after.dim() < 4
+        and before.shape[1] > 1
+        and before.shape[2:].numel() > 1
+        and maps.op == "call_function"
+        # what is written to the flat vector is meant for the maps too
+        and not any(is_in_place(user) for user in node.users)
+    )
 
 
 def multiply_out(graph: fx.GraphModule) -> None:
