@@ -239,6 +239,27 @@ def evidence_whole(report: dict[str, Any]) -> str:
     return table(["data x draws", "processor time, all", "most memory, all"], rows)
 
 
+def evidence_compiled(report: dict[str, Any]) -> str:
+    """`benchmarks.evidence_compiled`: what compiling gains an evaluation."""
+    return _by_machine(report, _compiled_evaluations)
+
+
+def _compiled_evaluations(machine: str, found: dict[str, Any]) -> str:
+    names = {"is": "importance sampling, 5,000 draws", "ais": "annealing"}
+    rows = [
+        [
+            f"{names[method]}: {row['data']:,} data",
+            f"{row['eager_seconds']:.0f} s",
+            f"{row['compiled_seconds']:.0f} s",
+            f"{row['ratio']:.2f}",
+            f"{row['largest_difference']:.0e}",
+        ]
+        for method, row in found.items()
+    ]
+    head = [machine, "eager", "compiled", "ratio", "nats apart at most"]
+    return table(head, rows)
+
+
 def train_step(report: dict[str, Any]) -> str:
     """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios; a table for
     each processor."""
