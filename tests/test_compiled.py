@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae, weighed
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
 from pyro_vae.compiled import terms
+from pyro_vae.compiled.guard import check_agreement, coarsest
 from pyro_vae.compiled.trace import trace
 from pyro_vae.errors import CompileError, ConfigError, PyroVAEError
 
@@ -585,6 +588,19 @@ class TestTheGuard:
         loss, x = pair()
         with pytest.raises(CompileError, match="differ on the same draws"):
             pv.compile(loss, x, backend=mutant)
+
+    def test_sums_in_float64_of_what_is_float32_are_as_coarse_as_that(self) -> None:
+        x = torch.randn(5)
+        single = torch.tensor(2.0, dtype=torch.float32)
+        assert coarsest(make_fx(lambda x: (2 * x.float()).double())(x)) == torch.float32
+        assert coarsest(make_fx(lambda x: x * single)(x)) == torch.float64
+        for error, coarse, caught in (
+            (1e-7, torch.float64, True),
+            (1e-7, torch.float32, False),
+            (1e-2, torch.float32, True),
+        ):
+            with pytest.raises(CompileError) if caught else nullcontext():
+                check_agreement("outputs", [x * (1 + error)], [x], coarse=coarse)
 
     def test_a_backend_that_loses_a_buffers_change_is_caught(self) -> None:
         def mutant(graph: Any, inputs: Any) -> Any:
