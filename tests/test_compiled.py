@@ -1,6 +1,7 @@
 """The compiled objective against the eager one: the same draws give the same numbers."""
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -592,6 +593,7 @@ class TestTheGuard:
     def test_sums_in_float64_of_what_is_float32_are_as_coarse_as_that(self) -> None:
         x = torch.randn(5)
         single = torch.tensor(2.0, dtype=torch.float32)
+        assert coarsest(make_fx(lambda x: 2 * x.double())(x.half())) == torch.float64
         assert coarsest(make_fx(lambda x: (2 * x.float()).double())(x)) == torch.float32
         assert coarsest(make_fx(lambda x: x * single)(x)) == torch.float64
         for error, coarse, caught in (
@@ -601,6 +603,17 @@ class TestTheGuard:
         ):
             with pytest.raises(CompileError) if caught else nullcontext():
                 check_agreement("outputs", [x * (1 + error)], [x], coarse=coarse)
+
+    def test_the_same_infinity_agrees_and_hides_nothing(self) -> None:
+        x, outside = torch.tensor([-math.inf, 1.0, 2.0]), torch.tensor([True])
+        check_agreement("outputs", [outside, x], [outside, x.clone()])
+        with pytest.raises(CompileError, match=r"number 1, of shape \(3,\)"):
+            check_agreement("outputs", [outside, 1.001 * x], [outside, x])
+        with pytest.raises(CompileError, match="number 0"):
+            check_agreement("outputs", [~outside, x], [outside, x])
+        nan = torch.tensor([math.nan])
+        with pytest.raises(CompileError, match="number 1"):
+            check_agreement("outputs", [nan, 1.001 * x], [nan, x])
 
     def test_a_backend_that_loses_a_buffers_change_is_caught(self) -> None:
         def mutant(graph: Any, inputs: Any) -> Any:

@@ -82,6 +82,24 @@ def relu_of_the_flat(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([maps.flatten(1).relu_(), maps.mean((2, 3))], 1)
 
 
+def maps_written_later(x: Tensor, weight: Tensor) -> Tensor:
+    maps = torch.conv2d(x, weight)
+    flat = maps.flatten(1)
+    maps.relu_()
+    return flat.sum(1)
+
+
+def part_of_the_flat(x: Tensor, weight: Tensor) -> Tensor:
+    maps = torch.conv2d(x, weight)
+    first, _ = maps.flatten(1).split([81, 567], 1)
+    first.zero_()
+    return maps.sum((2, 3))
+
+
+def rows(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.conv2d(x, weight).flatten(2).sum(2)
+
+
 def one_place_each(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.silu(torch.conv2d(x, weight).mean((2, 3), True)).flatten(1)
 
@@ -90,7 +108,15 @@ IMAGES, FILTERS = torch.randn(4, 1, 12, 12), torch.randn(8, 1, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("function", "laid_out"), [(encode, True), (relu_of_the_flat, False), (one_place_each, False)]
+    ("function", "laid_out"),
+    [
+        (encode, True),
+        (relu_of_the_flat, False),
+        (maps_written_later, False),
+        (part_of_the_flat, False),
+        (rows, False),
+        (one_place_each, False),
+    ],
 )
 def test_what_is_flattened_is_laid_out(function: Callable[..., Tensor], laid_out: bool) -> None:
     graph = make_fx(function, tracing_mode="fake")(IMAGES, FILTERS)

@@ -6,6 +6,7 @@ others ask for what a graph cannot know, and are refused.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -88,6 +89,17 @@ def _alike(flag: Tensor) -> bool:
 def is_in_place(node: fx.Node) -> bool:
     """Whether a node writes to one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_alias(node: fx.Node) -> bool:
+    """Whether what a node returns shares memory with its first argument: a view, or what was
+    written to; or one of several views."""
+    if node.target is operator.getitem:
+        return is_alias(node.all_input_nodes[0])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    arguments = node.target._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None
 
 
 def _sources(values: Iterable[Any]) -> set[fx.Node]:

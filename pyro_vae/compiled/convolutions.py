@@ -20,7 +20,7 @@ from torch._inductor.ir import ExternKernel
 from torch._inductor.lowering import register_lowering
 from torch.nn.functional import pad
 
-from pyro_vae.compiled.answers import is_in_place
+from pyro_vae.compiled.answers import is_alias, is_in_place
 
 _FLATTENS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
@@ -41,9 +41,11 @@ def _in_memory(maps: Any) -> Any:
 
 
 def lay_out(graph: fx.GraphModule) -> None:
-    """Have maps that are about to be flattened in memory."""
+    """Have maps that are about to be flattened in memory; not those that anything writes to, in
+    which case maps and flat vector are one."""
+    written = {_root(node) for node in graph.graph.nodes if is_in_place(node)}
     for node in graph.graph.nodes:
-        if node.target in _FLATTENS and _merges_channels(node):
+        if node.target in _FLATTENS and _merges_channels(node) and _root(node) not in written:
             maps: Any = node.args[0]
             with graph.graph.inserting_before(node):
                 laid_out = graph.graph.call_function(_LAID_OUT, (maps,))
@@ -60,12 +62,18 @@ def _merges_channels(node: fx.Node) -> bool:
         before.device.type == "cpu"
         and before.dim() == 4
         and after.dim() < 4
+        and after.shape[:2] != before.shape[:2]
         and before.shape[1] > 1
         and before.shape[2:].numel() > 1
         and maps.op == "call_function"
-        # what is written to the flat vector is meant for the maps too
-        and not any(is_in_place(user) for user in node.users)
     )
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows or writes to."""
+    while is_alias(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def multiply_out(graph: fx.GraphModule) -> None:

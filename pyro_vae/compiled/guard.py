@@ -8,9 +8,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from pyro_vae.compiled.answers import is_alias
 from pyro_vae.compiled.record import Change
 from pyro_vae.errors import CompileError
 
+_COPIES = (
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.lift_fresh_copy.default,
+)
 _ADVICE = (
     "Does the program draw from a generator of its own, read a clock, or keep count in Python? "
     "Those stand still in a compiled program. If not, run without compiling, and please report it"
@@ -30,7 +36,8 @@ def check_agreement(
     norm plus 100 eps times the norm of the whole list (a tensor whose true value is zero holds
     nothing but the rounding of the others), with eps that of the coarsest arithmetic in use. Near a
     minimum that is too strict, as a gradient's terms cancel. There 100 times of what rounding the
-    parameters does is allowed as well.
+    parameters does is allowed as well. Where both hold the same infinity they agree; a tensor with
+    other infinities, or with NaN, is not compared.
 
     Args:
         nudged: the eager numbers at parameters moved by about their rounding.
@@ -43,7 +50,8 @@ def check_agreement(
         raise CompileError(
             f"the compiled program returns {len(fused)} {what}, the eager one {len(eager)}"
         )
-    total = torch.stack([_norm(e) for e in eager]).norm() if eager else torch.zeros(())
+    total = _together([_norm(comparable(f, e)[1]) for f, e in zip(fused, eager, strict=True)
+                       if f.shape == e.shape])  # fmt: skip
     for i, (f, e) in enumerate(zip(fused, eager, strict=True)):
         if f.shape != e.shape or f.dtype != e.dtype:
             raise CompileError(
@@ -51,10 +59,12 @@ def check_agreement(
                 f"but {e.dtype} of shape {tuple(e.shape)} eagerly"
             )
         eps = _resolution(e.dtype, coarse)
-        distance, allowed = _norm(_double(f) - _double(e)), eps**0.5 * _norm(e) + 100 * eps * total
+        f, held = comparable(f, e)
+        distance, allowed = _norm(f - held), eps**0.5 * _norm(held) + 100 * eps * total
         if nudged is not None:
-            allowed = allowed + 100 * _norm(_double(nudged[i]) - _double(e))
-        if _norm(e).isfinite() and not distance <= allowed:
+            other, own = comparable(nudged[i], e)
+            allowed = allowed + 100 * _norm(other - own)
+        if _norm(held).isfinite() and not distance <= allowed:
             raise CompileError(
                 f"compiled and eager {what} differ on the same draws: number {i}, of shape "
                 f"{tuple(e.shape)}, by {distance.item():.3g} where {allowed.item():.3g} is "
@@ -102,7 +112,7 @@ def check_changes(
         if key in moved
     ]
     moves = [_norm((e - b) * weight) for _, e, b, weight in weighed]
-    total = torch.stack(moves).norm() if moves else torch.zeros(())
+    total = _together(moves)
     for (f, e, _, weight), move in zip(weighed, moves, strict=True):
         eps = _resolution(weight.dtype, coarse)
         distance = _norm((f - e) * weight)
@@ -126,6 +136,19 @@ def _weight(
     return (moment.abs() - 100 * rounding).clamp(min=0)
 
 
+def comparable(f: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors in double precision, with zeros where both hold the same infinity."""
+    f, e = _double(f), _double(e)
+    same = (f == e) & e.isinf()
+    return f.masked_fill(same, 0.0), e.masked_fill(same, 0.0)
+
+
+def _together(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of all that are finite."""
+    finite = [norm for norm in norms if norm.isfinite()]
+    return torch.stack(finite).norm() if finite else torch.zeros(())
+
+
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
@@ -136,10 +159,18 @@ def _norm(tensor: Tensor) -> Tensor:
 
 def coarsest(graph: fx.GraphModule) -> torch.dtype:
     """The coarsest arithmetic of a graph, which may add up in float64 what it made in float32.
-    Single numbers (a literal, a count of steps) do not count."""
-    values = tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
+
+    How an input is stored does not count, and single numbers (a literal, a count of steps) neither.
+    """
+    computed = [node for node in graph.graph.nodes if _computes(node)]
+    values = tree_leaves([node.meta.get("val") for node in computed])
     used = {v.dtype for v in values if isinstance(v, Tensor) and v.dim() and _is_rounded(v.dtype)}
     return max(used, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether a node makes new numbers, rather than cast, copy or show those there are."""
+    return node.op == "call_function" and not is_alias(node) and node.target not in _COPIES
 
 
 def _is_rounded(dtype: torch.dtype) -> bool:

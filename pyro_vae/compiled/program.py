@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest
+from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest, comparable
 from pyro_vae.compiled.places import AnyPlace, Moment, Territory, reader, same
 from pyro_vae.compiled.record import (
     Recording,
@@ -56,7 +56,8 @@ class Program:
         static: what the program returned besides tensors, where a tensor among it stands for the
             number of the graph's input that it is (None if it is no input).
         device: of the inputs, a GPU if any is there.
-        checked: whether it could be held against the eager run: whether that was finite.
+        checked: whether it could be held against the eager run: whether that was finite, or
+            infinite alike.
         seconds: how long tracing and compiling took.
     """
 
@@ -140,7 +141,10 @@ class Program:
         except CompileError:  # of rounding, where a small difference of large numbers is left?
             nudged = again()
             compare(nudged.outputs, nudged.found, nudged.changed)
-        self.checked = all(bool(t.isfinite().all()) for t in (*eager.outputs, *eager.found))
+        pairs = zip(
+            (*results.outputs, *results.gradients), (*eager.outputs, *eager.found), strict=True
+        )
+        self.checked = all(bool(comparable(f, e)[1].isfinite().all()) for f, e in pairs)
 
 
 class _LookUp:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import CompileError, ConfigError
+from pyro_vae.errors import CompileError, ConfigError, PyroVAEError
 from pyro_vae.evidence.sites import outside_observed
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class InnerLoop:
                 raise
             self._refused = True
             warnings.warn(f"evaluating without compiling: {error}", stacklevel=3)
+            return None
+        except PyroVAEError:
             return None
         try:
             outside, *found = call.run().outputs
