@@ -148,6 +148,8 @@ def test_evaluate_samples_and_plots(trained: Path) -> None:
     said = run("evaluate", trained, "--num-samples", "20", "--limit", "30").stdout
     assert "log p(x)" in said
     assert "nats" in said
+    run("evaluate", trained, "--num-samples", "20", "--limit", "30", "--compile", "--overwrite")
+    assert pv.evidence.Evidence.load(trained / "evidence.npz").provenance["compile"] is True
     run("sample", trained, "--num", "7")
     samples = np.load(trained / "samples.npz", allow_pickle=False)
     assert samples["x"].shape == samples["mean"].shape == (7, 64)

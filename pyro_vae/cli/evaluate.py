@@ -53,7 +53,7 @@ def evaluate(
             split = split.given(None)  # log p(x) of every row, not log p(x, y) of those with labels
         evidence = pv.log_marginal(
             vae.model, vae.guide, split, num_samples=num_samples, method=method, seed=seed,
-            compile=compile and "auto",
+            compile=compile,
         )  # fmt: skip
         origin = {"data_set": data.name, "part": part, "preparation": data.preparation}
         evidence = replace(evidence, provenance={**evidence.provenance, **origin})
