@@ -280,7 +280,11 @@ class TestTheGuardNearAMinimum:
 
     def test_one_that_could_not_be_checked_is_made_again(self) -> None:
         def wrong(graph: Any, inputs: Any) -> Any:
-            return lambda *args: [value + 1 for value in graph(*args)]
+            def run(*args: Tensor) -> list[Tensor]:
+                loss, *gradients = graph(*args)
+                return [loss + 1, *gradients]
+
+            return run
 
         with pyro.validation_enabled(False):
             compiled = pv.compile(Trace_ELBO()(normal, guide), backend=wrong)

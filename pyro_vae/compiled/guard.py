@@ -60,9 +60,7 @@ def check_agreement(
             )
         eps = _resolution(e.dtype, coarse)
         f, held = comparable(f, e)
-        distance, allowed = _norm(f - held), eps**0.5 * _norm(held)
-        if eps:
-            allowed = allowed + 100 * eps * total
+        distance, allowed = _norm(f - held), eps**0.5 * _norm(held) + 100 * eps * total
         if nudged is not None:
             other, own = comparable(nudged[i], e)
             allowed = allowed + 100 * _norm(other - own)
@@ -146,9 +144,9 @@ def comparable(f: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _together(norms: Sequence[Tensor]) -> Tensor:
-    """The norm of all; infinite where one is not finite, whose rounding then is not either."""
-    total = torch.stack(list(norms)).norm() if norms else torch.zeros(())
-    return total.nan_to_num(torch.inf)
+    """The norm of all that are finite: beside one that is not, the others are no coarser."""
+    finite = [norm for norm in norms if norm.isfinite()]
+    return torch.stack(finite).norm() if finite else torch.zeros(())
 
 
 def _double(tensor: Tensor) -> Tensor:
