@@ -50,7 +50,9 @@ class Annealer:
         self.betas = ais.schedule(settings.temperatures)
         # a gradient keeps about four times what one evaluation holds
         self.step = max(1, chunk_bytes // (4 * target.bytes_per_pair * settings.chains))
-        self._evaluate = target.looped(lambda _, rows, u: self._eager(rows).evaluate(dict(u)))
+        self._evaluate = target.looped(
+            lambda target, rows, u: self._eager(target, rows).evaluate(dict(u))
+        )
 
     def chunks(self) -> list[range]:
         """The rows, divided to keep the budget."""
@@ -100,12 +102,13 @@ class Annealer:
         return space, space.state(u), self._fresh(rows, key)
 
     def _space(self, rows: range) -> Space:
-        space = self._eager(rows)
+        space = self._eager(self.target, rows)
         space.evaluate = lambda u: self._evaluate(self.target, rows, u)
         return space
 
-    def _eager(self, rows: range) -> Space:
-        return Space(self.base.axes, lambda u: self.base.densities(rows, u))
+    def _eager(self, target: Target, rows: range) -> Space:
+        base = self.base.on(target)
+        return Space(base.axes, lambda u: base.densities(rows, u))
 
     def _fresh(self, rows: range, key: int) -> ais.Fresh:
         """Momentum and uniforms with a stream for every row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ class Base(Protocol):
 
     axes: dict[str, int]
 
+    def on(self, target: Target) -> Base:
+        """The same base of other data."""
+
     def draw(self, rows: range, chains: int, seeds: list[int]) -> Position:
         """Draws for every row, each from its own seed: by site, `(chains, *batch, *event)`."""
 
@@ -62,6 +66,12 @@ class GuideBase:
                     "normal noise, so annealing cannot start from the guide: use "
                     'start="prior", or method="is"'
                 )
+
+    def on(self, target: Target) -> GuideBase:
+        """The same base of other data."""
+        other = copy.copy(self)
+        other.target, other.guide = target, self.guide.on(target)
+        return other
 
     def draw(self, rows: range, chains: int, seeds: list[int]) -> Position:
         """Standard normal noise."""
@@ -115,6 +125,12 @@ class PriorBase:
                     'real, positive, unit-interval and simplex sites: use method="is"'
                 )
             self.maps[name] = biject_to(support)
+
+    def on(self, target: Target) -> PriorBase:
+        """The same base of other data."""
+        other = copy.copy(self)
+        other.target = target
+        return other
 
     def draw(self, rows: range, chains: int, seeds: list[int]) -> Position:
         """Draws from the prior, row by row."""

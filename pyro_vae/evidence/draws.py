@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,12 @@ class Guide:
         self.is_map = all(
             is_pushforward(site["fn"]) and not site["is_observed"] for site in sites.values()
         )
+
+    def on(self, target: Target) -> Guide:
+        """The same guide on other data."""
+        other = copy.copy(self)
+        other.target = target
+        return other
 
     def draw(
         self, rows: range, num_draws: int, seeds: list[int], scales: Tensor, inflation: float

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,23 +88,13 @@ class InnerLoop:
         self, arguments: tuple[Any, ...], values: dict[str, Tensor]
     ) -> tuple[list[Tensor], None]:
         """Whether observed values are outside their support, and the function's tensors."""
-        target = self._target
-        rows = range(len(arguments[0]))
+        outside: list[Tensor] = []
+        target = copy.copy(self._target)
+        target.arguments = arguments
+        # noted, not refused: a graph cannot raise
+        target.check_support = lambda name, site, *_: outside.append(outside_observed(site).any())
         # operations out of place, as gradients need them, are those that a graph fuses
-        with torch.enable_grad(), _lent(target, arguments) as outside:
-            found = [tensor.detach() for tensor in self._function(target, rows, values)]
+        with torch.enable_grad():
+            found = self._function(target, range(len(arguments[0])), values)
+            found = [tensor.detach() for tensor in found]
         return [torch.stack(outside), *found], None
-
-
-@contextmanager
-def _lent(target: Target, arguments: tuple[Any, ...]) -> Iterator[list[Tensor]]:
-    """The target with other rows, to be looked at and not counted; whether observed values are
-    outside their supports is noted, not refused."""
-    own, refuse, evaluations = target.arguments, target.check_support, target.evaluations
-    outside: list[Tensor] = []
-    target.arguments = arguments
-    target.check_support = lambda name, site, *_: outside.append(outside_observed(site).any())
-    try:
-        yield outside
-    finally:
-        target.arguments, target.check_support, target.evaluations = own, refuse, evaluations
