@@ -4,73 +4,124 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import conv_transpose2d
+from torch.nn.functional import conv2d, conv_transpose2d
 
-from pyro_vae.compiled import convolutions
+from pyro_vae.compiled import convolutions, one_channel
 from pyro_vae.compiled.backend import inductor
-from pyro_vae.compiled.convolutions import lay_out, multiply_out, transposed_convolution
+from pyro_vae.compiled.convolutions import add_up_biases, lay_out, multiply_out
+
+CONVOLUTION = torch.ops.aten.convolution.default
+BACKWARD = torch.ops.aten.convolution_backward.default
 
 SETTINGS = [
     (kernel, stride, padding)
     for kernel, stride, padding in product((1, 2, 3, 4, 5), (1, 2, 3), (0, 1, 2))
     if 4 * stride - 2 * padding + kernel > 0
 ]
+KINDS: list[tuple[Callable[..., Tensor], Callable[..., Tensor], Any]] = [
+    (conv2d, one_channel.convolution, one_channel.convolution_backward),
+    (conv_transpose2d, one_channel.transposed_convolution,
+     one_channel.transposed_convolution_backward),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), SETTINGS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_transposed_convolution(
-    kernel: int, stride: int, padding: int, bias: bool
+@pytest.mark.parametrize(("torchs", "ours", "backward"), KINDS, ids=["plain", "transposed"])
+def test_products_are_the_convolution_and_its_gradients(
+    kernel: int,
+    stride: int,
+    padding: int,
+    bias: bool,
+    torchs: Callable[..., Tensor],
+    ours: Callable[..., Tensor],
+    backward: Any,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
-    maps, weight = draw(2, 6, 5, 7), draw(6, 1, kernel, kernel + 1)
-    added = draw(1) if bias else None
-    strides, paddings = [stride, stride + 1], [padding, 0]
-    torch.testing.assert_close(
-        transposed_convolution(maps, weight, added, strides, paddings),
-        conv_transpose2d(maps, weight, added, strides, paddings),
-        rtol=1e-12, atol=1e-12,
-    )  # fmt: skip
+    draw = partial(torch.randn, dtype=torch.float64, generator=generator)
+    transposed = torchs is conv_transpose2d
+    inputs = draw(2, 6 if transposed else 1, 5, 7, requires_grad=True)
+    weight = draw(6, 1, kernel, kernel + 1, requires_grad=True)
+    added = draw(1 if transposed else 6, requires_grad=True) if bias else None
+    how = [stride, stride + 1], [padding, 0]
+    expected = torchs(inputs, weight, added, *how)
+    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    close(ours(inputs, weight, added, *how), expected)
+    gradient = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    wanted = [tensor for tensor in (inputs, weight, added) if tensor is not None]
+    found = backward(gradient, inputs, weight, *how, [True, True, bias])
+    for one, other in zip(found, torch.autograd.grad(expected, wanted, gradient), strict=False):
+        close(one, other)
+    assert backward(gradient, inputs, weight, *how, [False] * 3) == (None, None, None)
 
 
-def replaced(channels: int = 1, dtype: torch.dtype = torch.float32, **options: object) -> bool:
-    """Whether a graph of this convolution has become a product; the graph computes the same."""
-    groups = options.get("groups", 1)
-    maps = torch.randn(2, 6, 5, 5).to(dtype)
+def replaced(
+    convolve: Any = conv_transpose2d,
+    channels: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> bool:
+    """Whether a graph of this convolution and its gradients has become products, all of it; it
+    computes the same."""
+    fine, coarse = channels * options.get("groups", 1), 6
+    transposed = convolve is conv_transpose2d
+    inputs = torch.randn(2, coarse if transposed else fine, 5, 5).to(dtype)
     weight = torch.randn(6, channels, 4, 4).to(dtype)
-    convolve = lambda maps, weight: conv_transpose2d(maps, weight, **options)  # type: ignore[arg-type]  # noqa: E731
-    graph = make_fx(convolve)(maps, weight)
+    bias = torch.randn(fine if transposed else coarse).to(dtype)
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        differentiable = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = convolve(*differentiable, **options)
+        return [output, *torch.autograd.grad(output.sin().sum(), differentiable)]
+
+    graph = make_fx(run)(inputs, weight, bias)
     multiply_out(graph)
-    expected = convolve(maps, weight)
-    assert expected.shape[1] == channels * groups  # type: ignore[operator]
-    torch.testing.assert_close(graph(maps, weight), expected)
-    return any(node.target is transposed_convolution for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(inputs, weight, bias), run(inputs, weight, bias))
+    left = {node.target for node in graph.graph.nodes} & {CONVOLUTION, BACKWARD}
+    assert len(left) in (0, 2)
+    return not left
 
 
-def test_only_what_a_product_computes_is_replaced() -> None:
+def test_only_what_products_compute_is_replaced() -> None:
     assert replaced(stride=2, padding=1)
+    assert replaced(conv2d, stride=2, padding=1)
+    assert replaced(conv2d)
     assert replaced(stride=2, dtype=torch.float64)
     assert not replaced(stride=2, channels=2)
+    assert not replaced(conv2d, stride=2, channels=2)
     assert not replaced(stride=2, output_padding=1)
     assert not replaced(dilation=2)
+    assert not replaced(conv2d, padding=2, dilation=2)
     assert not replaced(groups=2)
+    assert not replaced(conv2d, groups=2)
     assert not replaced(stride=2, dtype=torch.bfloat16)
 
 
-def test_a_convolution_is_left_as_it_is() -> None:
-    maps, weight = torch.randn(2, 6, 5, 5), torch.randn(1, 6, 3, 3)
-    graph = make_fx(torch.nn.functional.conv2d)(maps, weight)
-    multiply_out(graph)
-    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [
-        torch.ops.aten.convolution.default
-    ]
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_biases_are_sums(dims: int, transposed: bool) -> None:
+    name = f"conv_transpose{dims}d" if transposed else f"conv{dims}d"
+    convolve = getattr(torch.nn.functional, name)
+    inputs = torch.randn(3, 4, *(5,) * dims), torch.randn(4, 4, *(2,) * dims), torch.randn(4)
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        differentiable = [tensor.detach().requires_grad_() for tensor in inputs]
+        return list(torch.autograd.grad(convolve(*differentiable).sin().sum(), differentiable))
+
+    graph = make_fx(run)(*inputs)
+    add_up_biases(graph)
+    torch.testing.assert_close(graph(*inputs), run(*inputs))
+    (node,) = (node for node in graph.graph.nodes if node.target is BACKWARD)
+    assert node.args[-1] == [True, True, False]
+    assert torch.ops.aten.sum.dim_IntList in {node.target for node in graph.graph.nodes}
 
 
 def encode(x: Tensor, weight: Tensor) -> Tensor:

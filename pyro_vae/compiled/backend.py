@@ -61,6 +61,7 @@ def inductor(
         from pyro_vae.compiled import convolutions, matmul
 
         convolutions.multiply_out(graph)
+        convolutions.add_up_biases(graph)
         convolutions.lay_out(graph)
 
         # torch's own generators, so that a compiled run draws what an eager run draws

@@ -1,9 +1,11 @@
 """Convolutions on a CPU: what makes their graphs slow without need.
 
-Transposed convolutions to one channel, as a decoder of grey images ends with: PyTorch's kernel pads
-the output's channels to a vector register, and computes sixteen for one. A product of matrices
-whose results are added where they overlap computes what is asked for. From two channels on it is no
-faster.
+Convolutions from one channel and transposed ones to one, as an encoder of grey images begins with
+and a decoder ends with: products of matrices are faster, see `one_channel`. From two channels on
+they are not.
+
+Gradients of biases: where the channels lie side by side, PyTorch's kernel adds up number by number.
+TorchInductor does it in the kernel that makes what is added up.
 
 Maps that are flattened, as an encoder ends with: TorchInductor has the channels of a convolution's
 output lie side by side, and would compute an activation in the order of the flat vector, one number
@@ -18,10 +20,13 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.ir import ExternKernel
 from torch._inductor.lowering import register_lowering
-from torch.nn.functional import pad
 
+from pyro_vae.compiled import one_channel
 from pyro_vae.compiled.answers import is_alias, is_in_place
 
+_CONVOLUTION = torch.ops.aten.convolution.default
+_BACKWARD = torch.ops.aten.convolution_backward.default
+_SUM = torch.ops.aten.sum.dim_IntList
 _FLATTENS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
@@ -77,11 +82,40 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def multiply_out(graph: fx.GraphModule) -> None:
-    """Replace the transposed convolutions to one channel by products."""
+    """Replace the convolutions from one channel, and those to one, by products."""
     for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.convolution.default and _is_for_product(*node.args):
-            maps, weight, bias, stride, padding, *_ = node.args
-            node.target, node.args = transposed_convolution, (maps, weight, bias, stride, padding)
+        if node.target is _CONVOLUTION and _is_for_product(*node.args):
+            maps, weight, bias, stride, padding, _, transposed, *_ = node.args
+            node.target = (
+                one_channel.transposed_convolution if transposed else one_channel.convolution
+            )
+            node.args = maps, weight, bias, stride, padding
+        elif node.target is _BACKWARD:
+            gradient, maps, weight, _, *how, wanted = node.args
+            if _is_for_product(maps, weight, None, *how):
+                stride, padding, _, transposed, *_ = how
+                node.target = (
+                    one_channel.transposed_convolution_backward
+                    if transposed
+                    else one_channel.convolution_backward
+                )
+                node.args = gradient, maps, weight, stride, padding, wanted
+    graph.recompile()
+
+
+def add_up_biases(graph: fx.GraphModule) -> None:
+    """Have the gradients of biases as sums of their own."""
+    for node in graph.graph.nodes:
+        if node.target is not _BACKWARD:
+            continue
+        gradient, *between, wanted = node.args
+        value = gradient.meta["val"]
+        if not wanted[2] or value.device.type != "cpu":
+            continue
+        node.args = gradient, *between, [*wanted[:2], False]
+        for user in list(node.users):
+            if user.args[1] == 2:
+                user.target, user.args = _SUM, (gradient, [0, *range(2, value.dim())])
     graph.recompile()
 
 
@@ -91,8 +125,7 @@ def _is_for_product(
 ) -> bool:  # fmt: skip
     value, shape = maps.meta["val"], weight.meta["val"].shape
     return (
-        transposed
-        and value.device.type == "cpu"
+        value.device.type == "cpu"
         # in lower precision the products would be rounded before they are added
         and value.dtype in (torch.float32, torch.float64)
         and len(shape) == 4
@@ -100,33 +133,3 @@ def _is_for_product(
         and len(stride) == len(padding) == 2
         and (set(dilation), set(output_padding), groups) == ({1}, {0}, 1)
     )
-
-
-def transposed_convolution(
-    maps: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
-) -> Tensor:
-    """`torch.nn.functional.conv_transpose2d`, as a product.
-
-    Args:
-        maps: `(batch, channels, height, width)`.
-        weight: `(channels, 1, kernel height, kernel width)`.
-        bias: `(1,)`.
-    """
-    batch, channels, height, width = maps.shape
-    rows = maps.permute(0, 2, 3, 1).reshape(-1, channels)
-    spread = (rows @ weight.flatten(1)).view(batch, height, width, *weight.shape[2:])
-    spread = spread.transpose(2, 3)  # batch, height, kernel height, width, kernel width
-    output = _overlapped(_overlapped(spread, stride[1], padding[1], 3), stride[0], padding[0], 1)
-    return output[:, None] if bias is None else output[:, None] + bias
-
-
-def _overlapped(spread: Tensor, stride: int, padding: int, dim: int) -> Tensor:
-    """Add up along `dim`, places `stride` apart, what each spreads over the kernel, `dim + 1`."""
-    places, kernel = spread.shape[dim : dim + 2]
-    overlaps = -(-kernel // stride)
-    behind = spread.dim() - dim - 1  # dimensions
-    spread = pad(spread, (0, 0) * (behind - 1) + (0, overlaps * stride - kernel))
-    parts = spread.unflatten(dim + 1, (overlaps, stride)).unbind(dim + 1)
-    shifted = [pad(part, (0, 0) * behind + (i, overlaps - 1 - i)) for i, part in enumerate(parts)]
-    whole = sum(shifted[1:], shifted[0]).flatten(dim, dim + 1)
-    return whole.narrow(dim, padding, (places - 1) * stride - 2 * padding + kernel)
