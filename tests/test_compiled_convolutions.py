@@ -93,15 +93,18 @@ def replaced(
 def test_only_what_products_compute_is_replaced() -> None:
     assert replaced(stride=2, padding=1)
     assert replaced(conv2d, stride=2, padding=1)
-    assert replaced(conv2d)
+    assert replaced(conv2d, stride=(2, 3))
+    assert not replaced(conv2d)
+    assert not replaced(conv2d, stride=(2, 1))
+    assert not replaced()
     assert replaced(stride=2, dtype=torch.float64)
     assert not replaced(stride=2, channels=2)
     assert not replaced(conv2d, stride=2, channels=2)
     assert not replaced(stride=2, output_padding=1)
-    assert not replaced(dilation=2)
-    assert not replaced(conv2d, padding=2, dilation=2)
-    assert not replaced(groups=2)
-    assert not replaced(conv2d, groups=2)
+    assert not replaced(stride=2, dilation=2)
+    assert not replaced(conv2d, stride=2, padding=2, dilation=2)
+    assert not replaced(stride=2, groups=2)
+    assert not replaced(conv2d, stride=2, groups=2)
     assert not replaced(stride=2, dtype=torch.bfloat16)
 
 

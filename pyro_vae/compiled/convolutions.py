@@ -1,8 +1,8 @@
 """Convolutions on a CPU: what makes their graphs slow without need.
 
-Convolutions from one channel and transposed ones to one, as an encoder of grey images begins with
-and a decoder ends with: products of matrices are faster, see `one_channel`. From two channels on
-they are not.
+Strided convolutions from one channel and transposed ones to one, as an encoder of grey images begins
+with and a decoder ends with: products of matrices are faster, see `one_channel`. From two channels
+on they are not.
 
 Gradients of biases: where the channels lie side by side, PyTorch's kernel adds up number by number.
 TorchInductor does it in the kernel that makes what is added up.
@@ -82,7 +82,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def multiply_out(graph: fx.GraphModule) -> None:
-    """Replace the convolutions from one channel, and those to one, by products."""
+    """Replace the strided convolutions from one channel, and those to one, by products."""
     for node in graph.graph.nodes:
         if node.target is _CONVOLUTION and _is_for_product(*node.args):
             maps, weight, bias, stride, padding, _, transposed, *_ = node.args
@@ -131,5 +131,7 @@ def _is_for_product(
         and len(shape) == 4
         and shape[1] == 1
         and len(stride) == len(padding) == 2
+        # at stride 1 there is as much to lay out as to multiply
+        and min(stride) > 1
         and (set(dilation), set(output_padding), groups) == ({1}, {0}, 1)
     )
