@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -31,10 +29,6 @@ class Place(NamedTuple):
     def get(self) -> Any:
         """What is there now; None where the entry has gone."""
         return getattr(self.owner, self.table).get(self.key)
-
-    def reader(self) -> Callable[[], Any]:
-        """`get`, faster, for as long as the owner keeps its dictionary."""
-        return partial(getattr(self.owner, self.table).get, self.key)
 
 
 class CellPlace(NamedTuple):
@@ -75,10 +69,6 @@ class Size(NamedTuple):
     def get(self) -> Any:
         """The number now."""
         return len(self.container)
-
-    def reader(self) -> Callable[[], Any]:
-        """`get`, faster."""
-        return partial(len, self.container)
 
 
 class Slot(NamedTuple):

@@ -59,7 +59,9 @@ def inductor(
         from torch._inductor.compile_fx import compile_fx
 
         from pyro_vae.compiled import convolutions, matmul
+        from pyro_vae.compiled.draws import draw_at_once
 
+        draw_at_once(graph)
         convolutions.multiply_out(graph)
         convolutions.add_up_biases(graph)
         convolutions.lay_out(graph)

@@ -1,8 +1,8 @@
 """Convolutions on a CPU: what makes their graphs slow without need.
 
-Strided convolutions from one channel and transposed ones to one, as an encoder of grey images begins
-with and a decoder ends with: products of matrices are faster, see `one_channel`. From two channels
-on they are not.
+Strided convolutions from one channel and transposed ones to one, as an encoder of grey images
+begins with and a decoder ends with: products of matrices are faster, see `one_channel`. From two
+channels on they are not.
 
 Gradients of biases: where the channels lie side by side, PyTorch's kernel adds up number by number.
 TorchInductor does it in the kernel that makes what is added up.

@@ -7,18 +7,16 @@ are all seen; and a number, a module or a function that changed is known to inva
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
-from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pyro_vae import held, reach
 from pyro_vae.compiled.update import KEPT, AdamUpdate
-from pyro_vae.held import Place, Size, is_constant
+from pyro_vae.held import Place, is_constant
 
 
 class Held(NamedTuple):
@@ -42,10 +40,6 @@ class Moment(NamedTuple):
     def get(self) -> Tensor:
         """What the optimizer keeps now."""
         return self.state[self.position]
-
-    def reader(self) -> Callable[[], Tensor]:
-        """`get`, faster."""
-        return partial(self.state.__getitem__, self.position)
 
 
 AnyPlace = held.AnyPlace | Held | Moment
@@ -125,15 +119,6 @@ def _stored() -> Iterator[Place]:
 
 def _is_granted(value: Any) -> bool:
     return is_constant(value) or callable(value) or isinstance(value, np.ndarray)
-
-
-def reader(place: AnyPlace) -> Callable[[], Any]:
-    """How to look at a place at every step. Objects keep their dictionaries; a store may not."""
-    if isinstance(place, Size | Moment) or (
-        isinstance(place, Place) and not isinstance(place.owner, ParamStoreDict)
-    ):
-        return place.reader()
-    return place.get
 
 
 def same(now: Any, then: Any) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, call, is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest, comparable
-from pyro_vae.compiled.places import AnyPlace, Moment, Territory, reader, same
+from pyro_vae.compiled.look import Look
+from pyro_vae.compiled.places import AnyPlace, Moment, Territory, same
 from pyro_vae.compiled.record import (
     Recording,
     Run,
@@ -83,8 +84,8 @@ class Program:
         self.handed = [s.index for s in self._sources if isinstance(s, Argument)]
         devices = [inputs[i].device for i in used]
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-        self._readers = [reader(place) for place, _ in recording.frozen]
-        self._granted = [value for _, value in recording.frozen]
+        self._look = Look([place for place, _ in recording.frozen])
+        self._granted = [recording.frozen[n][1] for n in self._look.order]
         self._look_up = _LookUp(self._sources, [inputs[i] for i in used])
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         self.static = tree_map_only(Tensor, lambda t: positions.get(id(t)), self.static)
@@ -99,11 +100,12 @@ class Program:
 
     def inputs(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
         """The graph's inputs as they are now, or None if it was made for others."""
-        # a hundred values or more at every step: first, all at once, whether they are the objects
-        if not all(map(is_, map(call, self._readers), self._granted)):
-            pairs = zip(self._readers, self._granted, strict=True)
-            if not all(same(read(), value) for read, value in pairs):
-                return None
+        now = self._look()
+        if now is None:
+            return None
+        # first, all at once, whether they are the objects
+        if not all(map(is_, now, self._granted)) and not all(map(same, now, self._granted)):
+            return None
         return self._look_up(arguments)
 
     def __call__(self, inputs: list[Tensor]) -> Results:
@@ -154,20 +156,26 @@ class _LookUp:
     """
 
     def __init__(self, sources: Sequence[Argument | AnyPlace], examples: Sequence[Tensor]) -> None:
-        self._count = len(sources)
-        self._arguments = [(n, s.index) for n, s in enumerate(sources) if isinstance(s, Argument)]
-        found = [(n, s) for n, s in enumerate(sources) if not isinstance(s, Argument)]
-        found.sort(key=lambda entry: isinstance(entry[1], Moment))
-        self._num_places = sum(not isinstance(place, Moment) for _, place in found)
-        self._positions = [n for n, _ in found]
-        self._readers = [reader(place) for _, place in found]
-        self._held = [examples[n] for n in self._positions]  # what was found last
+        found = [(n, s) for n, s in enumerate(sources) if not isinstance(s, Argument | Moment)]
+        moments = [(n, s) for n, s in enumerate(sources) if isinstance(s, Moment)]
+        self._places = Look([place for _, place in found])
+        self._moments = Look([moment for _, moment in moments])
+        order = [found[i][0] for i in self._places.order] + [n for n, _ in moments]
+        self._held = [examples[n] for n in order]  # what was found last
         self._signatures = signatures(self._held)
-        self._signatures_of_places = signatures(self._held[: self._num_places])
+        self._signatures_of_places = signatures(self._held[: len(found)])
+        order_of = {n: i for i, n in enumerate(order)}
+        self._order = [
+            len(order) + s.index if isinstance(s, Argument) else order_of[n]
+            for n, s in enumerate(sources)
+        ]
 
     def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
         """The inputs; None where one is not what it was."""
-        held = [*map(call, self._readers)]
+        places, moments = self._places(), self._moments()
+        if places is None or moments is None:
+            return None
+        held = places + moments
         if not all(map(is_, held, self._held)):
             if not all(isinstance(value, Tensor) for value in held):
                 return None
@@ -175,14 +183,10 @@ class _LookUp:
                 return None
             self._held = held
         # a parameter may change its layout and stay the object it is, a moment does not
-        elif signatures(held[: self._num_places]) != self._signatures_of_places:
+        elif signatures(places) != self._signatures_of_places:
             return None
-        values: list[Any] = [None] * self._count
-        for n, value in zip(self._positions, held, strict=True):
-            values[n] = value
-        for n, index in self._arguments:  # known by the kind of the call
-            values[n] = arguments[index]
-        return values
+        values = [*held, *arguments]  # the arguments' layouts are known by the kind of the call
+        return [*map(values.__getitem__, self._order)]
 
 
 _ASSUMED = attrgetter("shape", "dtype", "device", "requires_grad")
