@@ -96,6 +96,10 @@ def gradient_of(loss: Tensor, *modules: nn.Module) -> Tensor:
     return torch.cat([slope.flatten() for slope in slopes])
 
 
+# this many copies of the data in one call are as many draws, and cost little more than one
+COPIES = 5
+
+
 def repeat(draw: Callable[[], Tensor | float], times: int, seed: int = 0) -> Tensor:
     """`times` independent results, stacked."""
     pyro.set_rng_seed(seed)
