@@ -1,0 +1,90 @@
+"""Places read all at once: each as it reads itself, and whatever happens to them is seen."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pyro
+import torch
+from torch import nn
+
+from pyro_vae.compiled.look import Look
+from pyro_vae.compiled.places import AnyPlace, Held, Moment
+from pyro_vae.held import CellPlace, Item, Place, Size, Slot
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+
+def everywhere() -> tuple[SimpleNamespace, list[AnyPlace]]:
+    """Things, and a place of each kind in them."""
+    value: Any = 1.5
+
+    def closure() -> Any:
+        return value
+
+    slotted = Slotted()
+    slotted.value = 3
+    pyro.get_param_store().clear()
+    pyro.param("scale", torch.tensor(2.0))
+    it = SimpleNamespace(
+        layer=nn.Linear(2, 2), list=[1, "b"], dict={"k": 2.5}, state=[torch.zeros(2)],
+        slotted=slotted, own=SimpleNamespace(a=1),
+    )  # fmt: skip
+    assert closure.__closure__ is not None
+    return it, [
+        Slot(slotted, "value", ""),
+        Place(it.layer, "_parameters", "weight", ""),
+        Size(it.list, ""),
+        CellPlace(closure.__closure__[0], ""),
+        Item(it.list, 1, ""),
+        Place(it.own, "__dict__", "a", ""),
+        Place(it.own, "__dict__", "absent", ""),
+        Item(it.dict, "k", ""),
+        Place(pyro.get_param_store(), "_params", "scale", ""),
+        Moment(it.state, 0, ""),
+        Held(torch.ones(1), ""),
+        Size(it.dict, ""),
+    ]
+
+
+def test_each_is_read_as_it_reads_itself() -> None:
+    it, places = everywhere()
+    look = Look(places)
+    assert sorted(look.order) == list(range(len(places)))
+
+    def check() -> None:
+        now = look()
+        assert now is not None
+        assert [id(n) for n in now] == [id(places[n].get()) for n in look.order]
+
+    check()
+    it.layer.weight = nn.Parameter(torch.ones(2, 2))
+    it.list[1] = "c"
+    it.list.append(4)
+    it.dict["k"] = 7.5
+    it.own.a, it.own.absent = None, "there"
+    it.state[0] = torch.ones(2)
+    it.slotted.value = 4
+    pyro.get_param_store().clear()
+    pyro.param("scale", torch.tensor(5.0))
+    check()
+    del it.own.absent
+    check()
+
+
+def test_what_has_gone_is_told() -> None:
+    for forget in (
+        lambda it: it.list.clear(),
+        lambda it: it.dict.clear(),
+        lambda it: delattr(it.own, "a"),
+        lambda it: delattr(it.layer, "weight"),
+        lambda it: it.state.clear(),
+    ):
+        it, places = everywhere()
+        look = Look(places)
+        assert look() is not None
+        forget(it)
+        assert look() is None
