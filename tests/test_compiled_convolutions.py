@@ -80,7 +80,8 @@ def replaced(
     def run(*inputs: Tensor) -> list[Tensor]:
         differentiable = [tensor.detach().requires_grad_() for tensor in inputs]
         output = convolve(*differentiable, **options)
-        return [output, *torch.autograd.grad(output.sin().sum(), differentiable)]
+        gradients = torch.autograd.grad(output.sin().sum(), differentiable)
+        return [output, *gradients, *(found.view(-1) for found in (output, *gradients))]
 
     graph = make_fx(run)(inputs, weight, bias)
     multiply_out(graph)
@@ -127,6 +128,21 @@ def test_gradients_of_biases_are_sums(dims: int, transposed: bool) -> None:
     assert torch.ops.aten.sum.dim_IntList in {node.target for node in graph.graph.nodes}
 
 
+def side_by_side(images: Tensor, weight: Tensor) -> Tensor:
+    """Relies on how channels_last maps lie in memory."""
+    maps = conv2d(images.to(memory_format=torch.channels_last), weight, stride=2)
+    return maps.permute(0, 2, 3, 1).view(-1)
+
+
+def test_layouts_are_kept() -> None:
+    images = torch.randn(2, 1, 9, 9)
+    weight = torch.randn(6, 1, 3, 3).to(memory_format=torch.channels_last)
+    graph = make_fx(side_by_side)(images, weight)
+    multiply_out(graph)
+    assert CONVOLUTION not in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(images, weight), side_by_side(images, weight))
+
+
 def encode(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.silu(torch.conv2d(x, weight, stride=2)).flatten(1)
 
@@ -154,6 +170,16 @@ def rows(x: Tensor, weight: Tensor) -> Tensor:
     return torch.conv2d(x, weight).flatten(2).sum(2)
 
 
+def two_layers_in_place(x: Tensor, weight: Tensor) -> Tensor:
+    maps = torch.conv2d(x, weight, stride=2).relu_()
+    return torch.conv2d(maps, weight.expand(-1, 8, -1, -1)).relu_().flatten(1).relu_()
+
+
+def decode(x: Tensor, weight: Tensor) -> Tensor:
+    maps = x.repeat(1, 8, 1, 1).flatten(1).relu_().view(4, 8, 12, 12)
+    return torch.conv_transpose2d(maps, weight, stride=2).flatten(1)
+
+
 def one_place_each(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.silu(torch.conv2d(x, weight).mean((2, 3), True)).flatten(1)
 
@@ -169,6 +195,8 @@ IMAGES, FILTERS = torch.randn(4, 1, 12, 12), torch.randn(8, 1, 4, 4)
         (maps_written_later, False),
         (part_of_the_flat, False),
         (rows, False),
+        (two_layers_in_place, False),
+        (decode, False),
         (one_place_each, False),
     ],
 )
@@ -176,6 +204,8 @@ def test_what_is_flattened_is_laid_out(function: Callable[..., Tensor], laid_out
     graph = make_fx(function, tracing_mode="fake")(IMAGES, FILTERS)
     lay_out(graph)
     assert any(n.target is convolutions._LAID_OUT for n in graph.graph.nodes) == laid_out
+    torch.testing.assert_close(graph(IMAGES, FILTERS), function(IMAGES, FILTERS))
+    multiply_out(graph)
     torch.testing.assert_close(graph(IMAGES, FILTERS), function(IMAGES, FILTERS))
 
 

@@ -27,7 +27,10 @@ from pyro_vae.compiled.answers import is_alias, is_in_place
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
 _SUM = torch.ops.aten.sum.dim_IntList
+_LAY_OUT = torch.ops.aten.contiguous.default
 _FLATTENS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+_VIEWS = (*_FLATTENS, torch.ops.aten.as_strided.default)
 
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
 _library.define("laid_out(Tensor maps) -> Tensor")
@@ -90,6 +93,7 @@ def multiply_out(graph: fx.GraphModule) -> None:
                 one_channel.transposed_convolution if transposed else one_channel.convolution
             )
             node.args = maps, weight, bias, stride, padding
+            _keep_layout(node)
         elif node.target is _BACKWARD:
             gradient, maps, weight, _, *how, wanted = node.args
             if _is_for_product(maps, weight, None, *how):
@@ -100,7 +104,40 @@ def multiply_out(graph: fx.GraphModule) -> None:
                     else one_channel.convolution_backward
                 )
                 node.args = gradient, maps, weight, stride, padding, wanted
+                for part in list(node.users):
+                    _keep_layout(part)
     graph.recompile()
+
+
+def _keep_layout(node: fx.Node) -> None:
+    """Lay a result out as it was when the graph was recorded, where a view relies on it."""
+    value = node.meta.get("val")  # of a gradient that nobody wants there is none
+    if isinstance(value, Tensor) and value.dim() == 4 and _is_viewed(node):
+        channels_last = not value.is_contiguous()
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        with node.graph.inserting_after(node):
+            laid_out = node.graph.call_function(_LAY_OUT, (node,), {"memory_format": layout})
+        laid_out.meta.update(node.meta)
+        node.replace_all_uses_with(laid_out, lambda user: user is not laid_out)
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether there are views of a result, or of other maps, which take on the layout of those that
+    they are made of."""
+    seen, ahead = set(), [node]
+    while ahead:
+        for user in ahead.pop().users:
+            if user.target in _VIEWS:
+                return True
+            if user not in seen and _gives_maps(user) and user.target is not _LAID_OUT:
+                seen.add(user)
+                ahead.append(user)
+    return False
+
+
+def _gives_maps(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return value.dim() == 4 if isinstance(value, Tensor) else isinstance(value, tuple | list)
 
 
 def add_up_biases(graph: fx.GraphModule) -> None:

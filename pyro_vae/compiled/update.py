@@ -28,8 +28,8 @@ _OPTIONS = itemgetter(
     "differentiable",
 )  # fmt: skip
 # of a parameter: those that are as here want nothing special of a step
-_STANDING = attrgetter("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")
-_PLAIN = (True, None, None, None)
+_STANDING = attrgetter("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_PLAIN = (None, None, None)
 Decay = Literal["none", "coupled", "decoupled"]
 
 
