@@ -34,7 +34,7 @@ _VIEWS = (*_FLATTENS, torch.ops.aten.as_strided.default)
 
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
 _library.define("laid_out(Tensor maps) -> Tensor")
-_library.impl("laid_out", lambda maps: maps.clone(), "CPU")
+_library.impl("laid_out", lambda maps: maps.clone(memory_format=torch.contiguous_format), "CPU")
 _LAID_OUT = torch.ops.pyro_vae.laid_out.default
 
 
