@@ -54,6 +54,8 @@ class Item(NamedTuple):
 
     def get(self) -> Any:
         """What is there now; None where the entry has gone."""
+        if isinstance(self.container, dict):  # of which one may make what is missing
+            return dict.get(self.container, self.key)
         try:
             return self.container[self.key]
         except LookupError:

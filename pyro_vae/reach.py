@@ -28,6 +28,7 @@ from pyro_vae.held import AnyPlace, CellPlace, Item, Place, Size, Slot, is_const
 
 _LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _PLAIN_BASES = {"Module", "PyroModule", "object", "ABC", "Generic", "Protocol"}
 _RECORDS = types.SimpleNamespace | argparse.Namespace
 # by which code finds what it does not name
@@ -130,8 +131,8 @@ class _Search:
                 self._hold(Place(module, table, key, f"{label}.{key}"))
         for key in getattr(module, "_pyro_params", ()):  # with their constraints
             self._hold(Item(module._pyro_params, key, f"{label}.{key}"))
-        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-            self.places.append(Size(getattr(module, hooks), f"len({label}.{hooks})"))
+        for hooks in _HOOKS:
+            self._container(getattr(module, hooks), f"{label}.{hooks}")
         own = [key for key in vars(module) if key not in _MODULE_INTERNALS]
         foreign = not _is_users(type(module).__module__)
         for key in own:
@@ -159,8 +160,10 @@ class _Search:
             if _is_users(base.__module__):
                 self._visit(base, base.__qualname__)
                 defaults = {
-                    k for k, v in vars(base).items() if self._is_named(k) and is_constant(v)
-                }
+                    k for k, v in vars(base).items()
+                    if (self._is_named(k) or k == "forward")
+                    and (is_constant(v) or isinstance(v, FunctionType))
+                }  # fmt: skip
                 for key in sorted((defaults | self._names.asked) - _vars_of(thing).keys()):
                     if hasattr(thing, "__dict__"):
                         self.places.append(Place(thing, "__dict__", key, f"{label}.{key}"))
@@ -183,6 +186,8 @@ class _Search:
                 self._visit(place.get(), name)
         if not users:
             return
+        for defaults in ("__defaults__", "__kwdefaults__"):
+            self._hold(Slot(function, defaults, f"{label}.{defaults}"))
         names = _names(function.__code__)
         self._names.read.update(names.attributes)
         self._names.asked.update(names.asked)

@@ -122,22 +122,22 @@ def _keep_layout(node: fx.Node) -> None:
 
 
 def _is_viewed(node: fx.Node) -> bool:
-    """Whether there are views of a result, or of other maps, which take on the layout of those that
-    they are made of."""
+    """Whether there are views of a result, or of what takes on its layout."""
     seen, ahead = set(), [node]
     while ahead:
         for user in ahead.pop().users:
             if user.target in _VIEWS:
                 return True
-            if user not in seen and _gives_maps(user) and user.target is not _LAID_OUT:
+            if user not in seen and _may_take_on(user) and user.target is not _LAID_OUT:
                 seen.add(user)
                 ahead.append(user)
     return False
 
 
-def _gives_maps(node: fx.Node) -> bool:
+def _may_take_on(node: fx.Node) -> bool:
+    """Whether a result may be laid out as what it is made of: maps are, of one image too."""
     value = node.meta.get("val")
-    return value.dim() == 4 if isinstance(value, Tensor) else isinstance(value, tuple | list)
+    return value.dim() > 2 if isinstance(value, Tensor) else isinstance(value, tuple | list)
 
 
 def add_up_biases(graph: fx.GraphModule) -> None:
