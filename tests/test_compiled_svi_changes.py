@@ -1,6 +1,7 @@
 """What a script does between steps: the compiled SVI goes on as Pyro's would."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,106 @@ def test_a_script(script: Script) -> None:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         found.append([torch.as_tensor(value) for value in script(kind)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+class Settings:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+class Part(nn.Module):
+    """Part of a model, with something of each kind to change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        nn.init.constant_(self.layer.weight, 0.7)
+        nn.init.constant_(self.layer.bias, 0.1)
+        self.offsets = defaultdict(float, {"a": 0.2, "b": 0.5})
+        self.settings = Settings(2.0)
+
+    def shifted(self, z: Tensor, by: Any = (0.1,), *, further: float = 0.2) -> Tensor:
+        return z + by[0] + further + sum(self.offsets.values())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer(self.settings.factor * self.shifted(z)[None])[0]
+
+
+def initialise_again(part: Part) -> None:
+    part.layer.__init__(1, 1)  # type: ignore[misc]
+    nn.init.constant_(part.layer.weight, 0.9)
+    nn.init.constant_(part.layer.bias, 0.3)
+    pyro.clear_param_store()
+
+
+def exchange_attributes(part: Part) -> None:
+    part.settings.__dict__ = {"factor": 3.0}
+
+
+def delete_an_offset(part: Part) -> None:
+    del part.offsets["b"]
+
+
+def change_a_default(part: Part) -> None:
+    Part.shifted.__defaults__ = ((0.4,),)
+
+
+def change_a_default_by_name(part: Part) -> None:
+    Part.shifted.__kwdefaults__["further"] = 0.6
+
+
+def hide_a_method(part: Part) -> None:
+    part.shifted = lambda z: z - 1.0  # type: ignore[method-assign, assignment]
+
+
+def hide_forward(part: Part) -> None:
+    part.forward = lambda z: part.layer(z[None])[0] - 1.0  # type: ignore[method-assign, assignment]
+
+
+def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def another_hook(part: Part) -> None:
+    (key,) = part.layer._forward_hooks
+    part.layer._forward_hooks.pop(key)
+    part.layer.register_forward_hook(lambda module, inputs, output: output - 1)
+
+
+def a_hook_of_gradients(part: Part) -> None:
+    part.layer.register_full_backward_pre_hook(lambda module, gradients: (3 * gradients[0],))
+
+
+CHANGES = (
+    initialise_again, exchange_attributes, delete_an_offset, change_a_default,
+    change_a_default_by_name, hide_a_method, hide_forward, another_hook, a_hook_of_gradients,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_between_steps(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Part.shifted, "__defaults__", Part.shifted.__defaults__)
+    monkeypatch.setitem(Part.shifted.__kwdefaults__, "further", 0.2)
+    found = []
+    for kind in (SVI, pv.CompiledSVI):
+        Part.shifted.__defaults__, Part.shifted.__kwdefaults__["further"] = ((0.1,),), 0.2
+        part = Part()
+        part.layer.register_forward_hook(hook)
+
+        def model(x: Tensor, part: Part = part) -> None:
+            pyro.module("part", part)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(part(z), 1.0), obs=x)
+
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        made = svi(kind, model)
+        steps = [made.step(X) for _ in range(2)]
+        change(part)
+        steps += [made.step(X) for _ in range(2)]
+        found.append([torch.as_tensor(v) for v in (*steps, *part.parameters(), *stored())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
