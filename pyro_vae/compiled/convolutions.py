@@ -14,6 +14,7 @@ at a time. So what is flattened is laid out first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,14 @@ from pyro_vae.compiled.answers import is_alias, is_in_place
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
 _SUM = torch.ops.aten.sum.dim_IntList
-_LAY_OUT = torch.ops.aten.contiguous.default
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 _FLATTENS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
+# by whether they are of the transposed one: the convolution, and its gradients
+_PRODUCTS: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    False: (one_channel.convolution, one_channel.convolution_backward),
+    True: (one_channel.transposed_convolution, one_channel.transposed_convolution_backward),
+}
 _VIEWS = (*_FLATTENS, torch.ops.aten.as_strided.default)
 
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
@@ -89,20 +95,14 @@ def multiply_out(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.target is _CONVOLUTION and _is_for_product(*node.args):
             maps, weight, bias, stride, padding, _, transposed, *_ = node.args
-            node.target = (
-                one_channel.transposed_convolution if transposed else one_channel.convolution
-            )
+            node.target, _ = _PRODUCTS[transposed]
             node.args = maps, weight, bias, stride, padding
             _keep_layout(node)
         elif node.target is _BACKWARD:
             gradient, maps, weight, _, *how, wanted = node.args
             if _is_for_product(maps, weight, None, *how):
                 stride, padding, _, transposed, *_ = how
-                node.target = (
-                    one_channel.transposed_convolution_backward
-                    if transposed
-                    else one_channel.convolution_backward
-                )
+                _, node.target = _PRODUCTS[transposed]
                 node.args = gradient, maps, weight, stride, padding, wanted
                 for part in list(node.users):
                     _keep_layout(part)
@@ -116,7 +116,7 @@ def _keep_layout(node: fx.Node) -> None:
         channels_last = not value.is_contiguous()
         layout = torch.channels_last if channels_last else torch.contiguous_format
         with node.graph.inserting_after(node):
-            laid_out = node.graph.call_function(_LAY_OUT, (node,), {"memory_format": layout})
+            laid_out = node.graph.call_function(_CONTIGUOUS, (node,), {"memory_format": layout})
         laid_out.meta.update(node.meta)
         node.replace_all_uses_with(laid_out, lambda user: user is not laid_out)
 

@@ -19,6 +19,7 @@ def draw_at_once(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.target is _FILL and _is_standard(*node.args[1:], **node.kwargs):
             empty: fx.Node = node.args[0]
+            # a graph as it was recorded has the users in the order of their calls
             is_new = empty.target is _EMPTY and next(iter(empty.users)) is node
             if is_new and "memory_format" not in empty.kwargs:
                 node.target, node.args, node.kwargs = _DRAW, empty.args, empty.kwargs

@@ -47,7 +47,7 @@ def convolution_backward(
     if wanted[1]:
         seen = _windows(images, weight, stride, padding).flatten(3)
         of_weight = (_rows(gradient).T @ seen.flatten(0, 2)).view_as(weight)
-    return of_images, of_weight, _of_bias(gradient) if wanted[2] else None
+    return of_images, of_weight, _bias_gradient(gradient) if wanted[2] else None
 
 
 def transposed_convolution_backward(
@@ -62,10 +62,10 @@ def transposed_convolution_backward(
     seen = _windows(gradient, weight, stride, padding).flatten(3)
     of_maps = (seen @ weight.flatten(1).T).permute(0, 3, 1, 2) if wanted[0] else None
     of_weight = (_rows(maps).T @ seen.flatten(0, 2)).view_as(weight) if wanted[1] else None
-    return of_maps, of_weight, _of_bias(gradient) if wanted[2] else None
+    return of_maps, of_weight, _bias_gradient(gradient) if wanted[2] else None
 
 
-def _of_bias(gradient: Tensor) -> Tensor:
+def _bias_gradient(gradient: Tensor) -> Tensor:
     return gradient.sum((0, 2, 3))
 
 
