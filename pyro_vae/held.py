@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from types import CellType
+from collections.abc import Callable
+from operator import attrgetter, call, getitem
+from types import CellType, MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 CONSTANTS = (bool, int, float, complex, str, type(None), np.generic, torch.dtype, torch.device)
+# a function of C and its arguments: what `get` does, for who does it at every step
+Reading = tuple[Callable[..., Any], tuple[Any, ...]]
+_CONTENTS = attrgetter("cell_contents")
 
 
 def is_constant(value: Any) -> bool:
@@ -30,6 +35,11 @@ class Place(NamedTuple):
         """What is there now; None where the entry has gone."""
         return getattr(self.owner, self.table).get(self.key)
 
+    def reading(self) -> Reading:
+        """`get`, for as long as the owner keeps its dictionary; a LookupError once an entry that is
+        there now has gone."""
+        return _entry(getattr(self.owner, self.table), self.key)
+
 
 class CellPlace(NamedTuple):
     """A variable that a function closes over."""
@@ -43,6 +53,14 @@ class CellPlace(NamedTuple):
             return self.cell.cell_contents
         except ValueError:
             return None
+
+    def reading(self) -> Reading:
+        """`get`; of a variable that is bound now, a ValueError once it is not."""
+        try:
+            _CONTENTS(self.cell)
+        except ValueError:
+            return call, (self.get,)
+        return _CONTENTS, (self.cell,)
 
 
 class Item(NamedTuple):
@@ -61,6 +79,10 @@ class Item(NamedTuple):
         except LookupError:
             return None
 
+    def reading(self) -> Reading:
+        """`get`; a LookupError once the entry has gone."""
+        return _entry(self.container, self.key)
+
 
 class Size(NamedTuple):
     """How many entries a list or a dictionary has."""
@@ -72,9 +94,13 @@ class Size(NamedTuple):
         """The number now."""
         return len(self.container)
 
+    def reading(self) -> Reading:
+        """`get`."""
+        return len, (self.container,)
+
 
 class Slot(NamedTuple):
-    """An attribute of an object without a dictionary."""
+    """An attribute that is kept in no dictionary."""
 
     owner: Any
     key: str
@@ -84,5 +110,20 @@ class Slot(NamedTuple):
         """What is there now; None where the attribute has gone."""
         return getattr(self.owner, self.key, None)
 
+    def reading(self) -> Reading:
+        """`get`."""
+        return getattr, (self.owner, self.key, None)
+
 
 AnyPlace = Place | CellPlace | Item | Size | Slot
+
+
+def _entry(container: Any, key: Any) -> Reading:
+    """`get` of an entry; of one that is there now, a LookupError once it has gone."""
+    for kind in (dict, MappingProxyType):
+        # an entry may be made by asking for it
+        if isinstance(container, kind) and (
+            key not in container or hasattr(type(container), "__missing__")
+        ):
+            return kind.get, (container, key)
+    return getitem, (container, key)

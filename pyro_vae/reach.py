@@ -155,18 +155,21 @@ class _Search:
         self._inherited(thing, label)
 
     def _inherited(self, thing: Any, label: str) -> None:
-        """What an object has from its class, and what may come to hide it."""
-        for base in type(thing).__mro__:
-            if _is_users(base.__module__):
-                self._visit(base, base.__qualname__)
-                defaults = {
-                    k for k, v in vars(base).items()
-                    if (self._is_named(k) or k == "forward")
-                    and (is_constant(v) or isinstance(v, FunctionType))
-                }  # fmt: skip
-                for key in sorted((defaults | self._names.asked) - _vars_of(thing).keys()):
-                    if hasattr(thing, "__dict__"):
-                        self.places.append(Place(thing, "__dict__", key, f"{label}.{key}"))
+        """What an object has from its class, and what may come to hide it: in the object, or in a
+        class that is nearer to it."""
+        self.places.append(Slot(thing, "__class__", f"{label}.__class__"))
+        nearer = [(thing, label)] if hasattr(thing, "__dict__") else []
+        for base in filter(lambda cls: _is_users(cls.__module__), type(thing).__mro__):
+            self._visit(base, base.__qualname__)
+            defaults = {
+                k for k, v in vars(base).items()
+                if (self._is_named(k) or k == "forward")
+                and (is_constant(v) or isinstance(v, FunctionType))
+            }  # fmt: skip
+            for hider, name in nearer:
+                for key in sorted((defaults | self._names.asked) - _vars_of(hider).keys()):
+                    self.places.append(Place(hider, "__dict__", key, f"{name}.{key}"))
+            nearer.append((base, base.__qualname__))
 
     def _class(self, cls: type, label: str) -> None:
         for key, value in list(vars(cls).items()):
@@ -186,8 +189,8 @@ class _Search:
                 self._visit(place.get(), name)
         if not users:
             return
-        for defaults in ("__defaults__", "__kwdefaults__"):
-            self._hold(Slot(function, defaults, f"{label}.{defaults}"))
+        for part in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._hold(Slot(function, part, f"{label}.{part}"))
         names = _names(function.__code__)
         self._names.read.update(names.attributes)
         self._names.asked.update(names.asked)

@@ -14,6 +14,11 @@ from pyro_vae.compiled.places import AnyPlace, Held, Moment
 from pyro_vae.held import CellPlace, Item, Place, Size, Slot
 
 
+class Plain:
+    def __init__(self) -> None:
+        self.a = 1
+
+
 class Slotted:
     __slots__ = ("value",)
 
@@ -31,16 +36,29 @@ def everywhere() -> tuple[SimpleNamespace, list[AnyPlace]]:
     pyro.param("scale", torch.tensor(2.0))
     it = SimpleNamespace(
         layer=nn.Linear(2, 2), list=[1, "b"], dict={"k": 2.5}, state=[torch.zeros(2)],
-        slotted=slotted, own=SimpleNamespace(a=1),
+        slotted=slotted, own=SimpleNamespace(a=1), plain=Plain(),
+        kind=type("Kind", (), {"weight": 1.0}),
     )  # fmt: skip
+
+    def unbound() -> Any:
+        return later
+
+    if not it.list:
+        later = 1
     assert closure.__closure__ is not None
+    assert unbound.__closure__ is not None
     return it, [
         Slot(slotted, "value", ""),
+        Slot(closure, "__code__", ""),
+        Place(it.kind, "__dict__", "weight", ""),
+        Place(it.kind, "__dict__", "hidden", ""),
+        CellPlace(unbound.__closure__[0], ""),
         Place(it.layer, "_parameters", "weight", ""),
         Size(it.list, ""),
         CellPlace(closure.__closure__[0], ""),
         Item(it.list, 1, ""),
         Place(it.own, "__dict__", "a", ""),
+        Place(it.plain, "__dict__", "a", ""),
         Place(it.own, "__dict__", "absent", ""),
         Item(it.dict, "k", ""),
         Place(pyro.get_param_store(), "_params", "scale", ""),
@@ -68,10 +86,10 @@ def test_each_is_read_as_it_reads_itself() -> None:
     it.own.a, it.own.absent = None, "there"
     it.state[0] = torch.ones(2)
     it.slotted.value = 4
-    pyro.get_param_store().clear()
-    pyro.param("scale", torch.tensor(5.0))
+    it.kind.weight, it.kind.hidden = 2.0, 3.0
+    pyro.get_param_store()["scale"] = torch.tensor(5.0)
     check()
-    del it.own.absent
+    del it.own.absent, it.slotted.value
     check()
 
 
@@ -82,6 +100,8 @@ def test_what_has_gone_is_told() -> None:
         lambda it: delattr(it.own, "a"),
         lambda it: delattr(it.layer, "weight"),
         lambda it: it.state.clear(),
+        lambda it: setattr(it.plain, "__dict__", {"a": 1}),
+        lambda it: pyro.get_param_store().clear(),
     ):
         it, places = everywhere()
         look = Look(places)

@@ -105,6 +105,16 @@ def another_loss(kind: Any) -> list[Any]:
     return found + [made.step(X) for _ in range(2)]
 
 
+def a_parameter_by_another_constraint(kind: Any) -> list[Any]:
+    made = svi(kind)
+    losses = [made.step(X) for _ in range(2)]
+    store = pyro.get_param_store()
+    unconstrained, _ = store._params["scale"], store._constraints.pop("scale")
+    store._constraints["scale"] = constraints.greater_than(0.4)
+    assert store._params["scale"] is unconstrained
+    return losses + [made.step(X) for _ in range(3)] + stored()
+
+
 def a_gradient_hook(kind: Any) -> list[Any]:
     made = svi(kind)
     found = [made.step(X)]
@@ -127,7 +137,7 @@ def a_parameter_as_argument(kind: Any) -> list[Any]:
 SCRIPTS = (
     a_parameter_hidden, a_network_registered_before, local_parameters, the_store_cleared,
     the_store_cleared_under_an_autoguide, another_optimizer, another_loss, a_gradient_hook,
-    a_parameter_as_argument,
+    a_parameter_as_argument, a_parameter_by_another_constraint,
 )  # fmt: skip
 
 
@@ -146,86 +156,109 @@ class Settings:
         self.factor = factor
 
 
-class Part(nn.Module):
-    """Part of a model, with something of each kind to change."""
+def part_of_a_model() -> Any:
+    """A module with something of each kind to change, and classes of its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        nn.init.constant_(self.layer.weight, 0.7)
-        nn.init.constant_(self.layer.bias, 0.1)
-        self.offsets = defaultdict(float, {"a": 0.2, "b": 0.5})
-        self.settings = Settings(2.0)
+    class Base(nn.Module):
+        scale = 1.5
 
-    def shifted(self, z: Tensor, by: Any = (0.1,), *, further: float = 0.2) -> Tensor:
-        return z + by[0] + further + sum(self.offsets.values())
+        def shifted(self, z: Tensor, by: Any = (0.1,), *, further: float = 0.2) -> Tensor:
+            return z + by[0] + further + sum(self.offsets.values())
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.layer(self.settings.factor * self.shifted(z)[None])[0]
+    class Part(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+            nn.init.constant_(self.layer.weight, 0.7)
+            nn.init.constant_(self.layer.bias, 0.1)
+            self.offsets = defaultdict(float, {"a": 0.2, "b": 0.5})
+            self.settings = Settings(2.0)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.scale * self.layer(self.settings.factor * self.shifted(z)[None])[0]
+
+    return Part()
 
 
-def initialise_again(part: Part) -> None:
-    part.layer.__init__(1, 1)  # type: ignore[misc]
+def initialise_again(part: Any) -> None:
+    part.layer.__init__(1, 1)
     nn.init.constant_(part.layer.weight, 0.9)
     nn.init.constant_(part.layer.bias, 0.3)
     pyro.clear_param_store()
 
 
-def exchange_attributes(part: Part) -> None:
+def exchange_attributes(part: Any) -> None:
     part.settings.__dict__ = {"factor": 3.0}
 
 
-def delete_an_offset(part: Part) -> None:
+def delete_an_offset(part: Any) -> None:
     del part.offsets["b"]
 
 
-def change_a_default(part: Part) -> None:
-    Part.shifted.__defaults__ = ((0.4,),)
+def change_a_default(part: Any) -> None:
+    type(part).shifted.__defaults__ = ((0.4,),)
 
 
-def change_a_default_by_name(part: Part) -> None:
-    Part.shifted.__kwdefaults__["further"] = 0.6
+def change_a_default_by_name(part: Any) -> None:
+    type(part).shifted.__kwdefaults__["further"] = 0.6
 
 
-def hide_a_method(part: Part) -> None:
-    part.shifted = lambda z: z - 1.0  # type: ignore[method-assign, assignment]
+def change_code(part: Any) -> None:
+    def shifted(self: Any, z: Tensor, by: Any = (), *, further: float = 0.0) -> Tensor:
+        return z - further
+
+    type(part).shifted.__code__ = shifted.__code__
 
 
-def hide_forward(part: Part) -> None:
-    part.forward = lambda z: part.layer(z[None])[0] - 1.0  # type: ignore[method-assign, assignment]
+def change_the_class(part: Any) -> None:
+    part.__class__ = type("Other", (type(part),), {"shifted": lambda self, z: z - 1.0})
+
+
+def hide_an_attribute_of_a_base(part: Any) -> None:
+    type(part).scale = 2.5
+
+
+def hide_a_method_of_a_base(part: Any) -> None:
+    type(part).shifted = lambda self, z: z - 1.0
+
+
+def hide_a_method(part: Any) -> None:
+    part.shifted = lambda z: z - 1.0
+
+
+def hide_forward(part: Any) -> None:
+    part.forward = lambda z: part.layer(z[None])[0] - 1.0
 
 
 def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return 2 * output
 
 
-def another_hook(part: Part) -> None:
+def another_hook(part: Any) -> None:
     (key,) = part.layer._forward_hooks
     part.layer._forward_hooks.pop(key)
     part.layer.register_forward_hook(lambda module, inputs, output: output - 1)
 
 
-def a_hook_of_gradients(part: Part) -> None:
+def a_hook_of_gradients(part: Any) -> None:
     part.layer.register_full_backward_pre_hook(lambda module, gradients: (3 * gradients[0],))
 
 
 CHANGES = (
     initialise_again, exchange_attributes, delete_an_offset, change_a_default,
-    change_a_default_by_name, hide_a_method, hide_forward, another_hook, a_hook_of_gradients,
+    change_a_default_by_name, change_code, change_the_class, hide_an_attribute_of_a_base,
+    hide_a_method_of_a_base, hide_a_method, hide_forward, another_hook, a_hook_of_gradients,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_between_steps(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Part.shifted, "__defaults__", Part.shifted.__defaults__)
-    monkeypatch.setitem(Part.shifted.__kwdefaults__, "further", 0.2)
+def test_a_change_between_steps(change: Any) -> None:
     found = []
     for kind in (SVI, pv.CompiledSVI):
-        Part.shifted.__defaults__, Part.shifted.__kwdefaults__["further"] = ((0.1,),), 0.2
-        part = Part()
+        part = part_of_a_model()
         part.layer.register_forward_hook(hook)
 
-        def model(x: Tensor, part: Part = part) -> None:
+        def model(x: Tensor, part: Any = part) -> None:
             pyro.module("part", part)
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             with pyro.plate("data", len(x)):

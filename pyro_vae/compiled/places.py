@@ -8,15 +8,18 @@ are all seen; and a number, a module or a function that changed is known to inva
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from operator import call, getitem
+from types import CodeType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from pyro_vae import held, reach
 from pyro_vae.compiled.update import KEPT, AdamUpdate
-from pyro_vae.held import Place, is_constant
+from pyro_vae.held import Place, Reading, is_constant
 
 
 class Held(NamedTuple):
@@ -29,6 +32,10 @@ class Held(NamedTuple):
         """The tensor."""
         return self.tensor
 
+    def reading(self) -> Reading:
+        """`get`."""
+        return call, (self.get,)
+
 
 class Moment(NamedTuple):
     """A tensor in an optimizer's state, as an update has found it."""
@@ -40,6 +47,10 @@ class Moment(NamedTuple):
     def get(self) -> Tensor:
         """What the optimizer keeps now."""
         return self.state[self.position]
+
+    def reading(self) -> Reading:
+        """`get`; a LookupError once it keeps nothing there."""
+        return getitem, (self.state, self.position)
 
 
 AnyPlace = held.AnyPlace | Held | Moment
@@ -78,9 +89,8 @@ class Territory:
         """What a graph takes for granted: Python values, functions, arrays of numpy, and the
         objects that hold others; of these, that they are the same objects."""
         found = reach.reach(self._roots)
-        store = next(_stored())
-        held = [(place, place.get()) for place in found.places]
-        held.append((store, store.get()))
+        store, *_ = _stored()
+        held = [(p, p.get()) for p in (*found.places, store, *_constraints())]
         structure = {*found.structure, id(store.get())}
         return [(p, v) for p, v in held if id(v) in structure or _is_granted(v)]
 
@@ -117,8 +127,15 @@ def _stored() -> Iterator[Place]:
         yield Place(store, "_params", key, f'pyro.param("{key}")')
 
 
+def _constraints() -> Iterator[Place]:
+    store = pyro.get_param_store()
+    for key in store.keys():  # noqa: SIM118
+        yield Place(store, "_constraints", key, f'the constraint of pyro.param("{key}")')
+
+
 def _is_granted(value: Any) -> bool:
-    return is_constant(value) or callable(value) or isinstance(value, np.ndarray)
+    kinds = (np.ndarray, Constraint, CodeType)
+    return is_constant(value) or callable(value) or isinstance(value, kinds)
 
 
 def same(now: Any, then: Any) -> bool:
