@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -39,8 +39,7 @@ class Argument:
     index: int
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(NamedTuple):
     """What one call computed: outputs, and the first one's gradient for each `wanted` tensor."""
 
     outputs: list[Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -165,7 +166,7 @@ class Step:
         outputs = [output.detach() for output in outputs]
         with torch.no_grad():
             found = [g for g in gradients if g is not None]
-            finite = torch.stack([value.isfinite().all() for value in (outputs[0], *found)]).all()
+            finite = torch.stack([_is_finite(value) for value in (outputs[0], *found)]).all()
             if self._gradient_clip is not None:
                 norm = get_total_norm(found)
                 finite = finite & norm.isfinite()
@@ -177,6 +178,11 @@ class Step:
         pairs = zip(parameters, gradients, strict=True)
         updated = [(i, parameter) for i, (parameter, g) in enumerate(pairs) if g is not None]
         return [finite, *outputs], (static, updated)
+
+
+def _is_finite(value: Tensor) -> Tensor:
+    # also where it is NaN; `isfinite` would compare twice
+    return (value.abs() < math.inf).all()
 
 
 def _kinds(args: tuple[Any, ...]) -> list[Any] | None:

@@ -168,18 +168,19 @@ class AdamUpdate:
         counts = [self.optimizer.state[parameter][COUNT] for parameter in parameters]
         lr, log_beta1, log_beta2, toward_g, toward_square, eps, share = numbers.unbind(1)
         steps = torch.stack([count.to(numbers.dtype) for count in counts]) + 1
-        # the moments start at zero; these make up for it
-        step_size = lr / (1 - (steps * log_beta1).exp())
+        # the moments start at zero; these make up for it, in the order of section 2 at its end,
+        # which divides once for each number
         root = (1 - (steps * log_beta2).exp()).sqrt()
+        step_size = lr * root / (1 - (steps * log_beta1).exp())
         keep = 1 - toward_square
-        columns = (step_size, root, toward_g, keep, toward_square, eps, share)
+        columns = (step_size, eps * root, toward_g, keep, toward_square, share)
         common = reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
         table = torch.stack([column.to(common) for column in columns], 1)
         for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
             if g is None:
                 continue
             row = table[i].to(parameter.dtype)
-            step_size, root, toward_g, keep, toward_square, eps, share = row.unbind()
+            step_size, eps_hat, toward_g, keep, toward_square, share = row.unbind()
             first, second = (self.optimizer.state[parameter][name] for name in MOMENTS)
             p = parameter
             if decays[i] == "decoupled":
@@ -188,7 +189,7 @@ class AdamUpdate:
                 g = g + share * p
             m = first + toward_g * (g - first)
             v = keep * second + toward_square * g * g
-            p = p - step_size * m / (v.sqrt() / root + eps)
+            p = p - step_size * m / (v.sqrt() + eps_hat)
             for held, new in ((parameter, p), (first, m), (second, v), (counts[i], counts[i] + 1)):
                 held.copy_(torch.where(finite, new, held))
 

@@ -1,0 +1,96 @@
+"""Functions by other formulas: as exact as float32 is, and put only where they are meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_vae.compiled import elementary
+from pyro_vae.compiled.backend import inductor
+
+EPS = torch.finfo(torch.float32).eps
+UNIT = torch.cat([torch.linspace(1e-3, 1, 200_001), torch.logspace(-30, 0, 50_001)]).float()
+REALS = torch.cat([-30 * UNIT, 30 * UNIT])
+
+
+def relative_error(function: Callable[[Tensor], Tensor], x: Tensor, exact: Tensor) -> float:
+    """The largest, in units of the last place."""
+    assert x.dtype == torch.float32
+    assert exact.dtype == torch.float64
+    return float(((function(x).double() - exact) / exact).abs().max()) / EPS
+
+
+def test_tanh() -> None:
+    assert relative_error(elementary.tanh, REALS, REALS.double().tanh()) < 4
+    assert elementary.tanh(REALS).abs().max() <= 1
+
+
+def test_log_one_plus() -> None:
+    assert relative_error(elementary.log_one_plus, UNIT, UNIT.double().log1p()) < 2
+    assert elementary.log_one_plus(torch.zeros(())) == 0
+
+
+def test_softplus() -> None:
+    exact = torch.logaddexp(REALS.double(), torch.zeros((), dtype=torch.float64))
+    few = REALS > -80  # where exp is no denormal number
+    assert relative_error(elementary.softplus, REALS[few], exact[few]) < 4
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_cross_entropy(target: float) -> None:
+    logits = REALS[REALS.abs() < 80]
+    want = F.binary_cross_entropy_with_logits(
+        logits.double(), torch.full((), target, dtype=torch.float64).expand(len(logits)),
+        reduction="none",
+    )  # fmt: skip
+    got = elementary.cross_entropy_of_logits(logits, torch.tensor(target))
+    # the terms may cancel, to their own rounding
+    assert ((got - want).abs() / (1 + logits.abs())).max() < 2 * EPS
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf]).float()
+    torch.testing.assert_close(elementary.tanh(x), x.tanh(), equal_nan=True)
+    torch.testing.assert_close(elementary.softplus(x), F.softplus(x), equal_nan=True)
+    for target in (torch.zeros_like(x), torch.ones_like(x)):
+        want = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+        got = elementary.cross_entropy_of_logits(x, target)
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def everything(x: Tensor) -> tuple[Tensor, ...]:
+    target = (x > 0).to(x)
+    return (
+        x.tanh(),
+        F.softplus(x),
+        F.softplus(x, beta=2.0),
+        F.binary_cross_entropy_with_logits(x, target, reduction="none"),
+        F.binary_cross_entropy_with_logits(x, target, target + 1, reduction="none"),
+        F.binary_cross_entropy_with_logits(x, target),
+    )
+
+
+def test_where_they_are_put() -> None:
+    def number(x: Tensor) -> int:
+        graph = make_fx(everything)(x)
+        elementary.approximate(graph)
+        for got, want in zip(graph(x), everything(x), strict=True):
+            torch.testing.assert_close(got, want)
+        return sum(node.target in vars(elementary).values() for node in graph.graph.nodes)
+
+    x = torch.linspace(-3, 3, 7).float()
+    assert number(x) == 3
+    assert number(x.double()) == number(x.bfloat16()) == 0
+
+
+def test_in_generated_code() -> None:
+    x = REALS[::101]
+    graph = make_fx(everything)(x)
+    for got, want in zip(inductor(graph, [x])(x), everything(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-12)
