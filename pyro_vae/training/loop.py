@@ -161,15 +161,15 @@ class Loop:
             return False
         try:
             with self.fabric.autocast():
-                taken = self.fused(*batch) if first else self.fused.again(*batch)
+                take = self.fused if first else self.fused.again
+                taken = take(self.state.sums, *batch)
         except CompileError as error:
             self.fused = None
             self.mean_terms.run_eagerly(error)
             return False
         if taken is None:
             return False
-        loss, row = taken.outputs
-        self._add(row, len(batch[0]), self.state.sums)
+        loss, self.state.sums = taken.outputs
         if look:
             self._judge(batch, loss.item())
             if not taken.finite:
@@ -261,12 +261,8 @@ class Loop:
         """The loss per datum of a batch; its terms are added to `sums`."""
         with self.fabric.autocast():
             loss, row = self.module(*batch)
-        self._add(row, len(batch[0]), sums)
+        sums.add_(row, alpha=len(batch[0]))
         return loss
-
-    @staticmethod
-    def _add(row: Tensor, num_data: int, sums: Tensor) -> None:
-        sums.add_(row, alpha=num_data)
 
     def _place(self) -> str:
         state = self.state

@@ -44,16 +44,20 @@ class MeanTerms(nn.Module):
         return self._mean(self.terms, batch)
 
     def step(self, optimizer: Optimizer, gradient_clip: float | None) -> Step | None:
-        """Terms, gradient and update as one graph, where compiling is asked for and they can be."""
+        """Terms, gradient and update as one graph, where compiling is asked for and they can be.
+
+        It takes the sums so far and a batch, and returns the loss and the sums with the batch's.
+        """
         if not self.compiling:
             return None
         from pyro_vae.compiled.step import fuse_step
 
-        def means(*batch: Any) -> tuple[list[Tensor], None]:
-            return list(self._mean(self.eager, batch)), None
+        def computation(sums: Tensor, *batch: Any) -> tuple[list[Tensor], None]:
+            loss, row = self._mean(self.eager, batch)
+            return [loss, sums + len(batch[0]) * row.to(sums)], None
 
         roots = {"model": self.model, "guide": self.guide, "objective": self.objective}
-        return fuse_step(means, roots, optimizer, gradient_clip=gradient_clip)
+        return fuse_step(computation, roots, optimizer, gradient_clip=gradient_clip)
 
     def run_eagerly(self, error: Exception) -> None:
         """Go on without compiling, and say why, where that is allowed.
