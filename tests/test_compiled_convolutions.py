@@ -111,10 +111,12 @@ def test_only_what_products_compute_is_replaced() -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_of_biases_are_sums(dims: int, transposed: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_biases_are_sums(dims: int, transposed: bool, dtype: torch.dtype) -> None:
     name = f"conv_transpose{dims}d" if transposed else f"conv{dims}d"
     convolve = getattr(torch.nn.functional, name)
-    inputs = torch.randn(3, 4, *(5,) * dims), torch.randn(4, 4, *(2,) * dims), torch.randn(4)
+    shapes = (3, 4, *(5,) * dims), (4, 4, *(2,) * dims), (4,)
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
 
     def run(*inputs: Tensor) -> list[Tensor]:
         differentiable = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -125,7 +127,7 @@ def test_gradients_of_biases_are_sums(dims: int, transposed: bool) -> None:
     torch.testing.assert_close(graph(*inputs), run(*inputs))
     (node,) = (node for node in graph.graph.nodes if node.target is BACKWARD)
     assert node.args[-1] == [True, True, False]
-    assert torch.ops.aten.sum.dim_IntList in {node.target for node in graph.graph.nodes}
+    assert one_channel.bias_gradient in {node.target for node in graph.graph.nodes}
 
 
 def side_by_side(images: Tensor, weight: Tensor) -> Tensor:
@@ -206,6 +208,34 @@ def test_what_is_flattened_is_laid_out(function: Callable[..., Tensor], laid_out
     assert any(n.target is convolutions._LAID_OUT for n in graph.graph.nodes) == laid_out
     torch.testing.assert_close(graph(IMAGES, FILTERS), function(IMAGES, FILTERS))
     multiply_out(graph)
+    torch.testing.assert_close(graph(IMAGES, FILTERS), function(IMAGES, FILTERS))
+
+
+def from_a_row(x: Tensor, weight: Tensor) -> Tensor:
+    maps = torch.nn.functional.silu(x.flatten(1).view(4, 9, 4, 4))
+    return torch.conv_transpose2d(maps, weight.repeat(2, 1, 1, 1)[:9], stride=2).flatten(1)
+
+
+def from_a_row_to_maps_in_view(x: Tensor, weight: Tensor) -> Tensor:
+    maps = x.flatten(1).sin().view(4, 9, 4, 4)
+    return torch.conv2d(maps, weight.expand(8, 9, 4, 4), padding=2).view(4, 4, 2, 25)
+
+
+def from_a_row_written_to(x: Tensor, weight: Tensor) -> Tensor:
+    row = x.flatten(1).sin()
+    maps = row.view(4, 9, 4, 4)
+    return torch.conv2d(maps.relu_(), weight.expand(8, 9, 4, 4)).mean() + row.sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "laid_out"),
+    [(from_a_row, True), (from_a_row_to_maps_in_view, False), (from_a_row_written_to, False)],
+)
+def test_what_is_made_of_a_row_is_laid_out(function: Callable[..., Tensor], laid_out: bool) -> None:
+    graph = make_fx(function, tracing_mode="fake")(IMAGES, FILTERS)
+    lay_out(graph)
+    put = (node for node in graph.graph.nodes if node.target is convolutions._CONTIGUOUS)
+    assert any(node.kwargs["memory_format"] is torch.channels_last for node in put) == laid_out
     torch.testing.assert_close(graph(IMAGES, FILTERS), function(IMAGES, FILTERS))
 
 

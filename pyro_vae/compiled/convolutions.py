@@ -5,16 +5,18 @@ begins with and a decoder ends with: products of matrices are faster, see `one_c
 channels on they are not.
 
 Gradients of biases: where the channels lie side by side, PyTorch's kernel adds up number by number.
-TorchInductor does it in the kernel that makes what is added up.
+They are a product with ones.
 
 Maps that are flattened, as an encoder ends with: TorchInductor has the channels of a convolution's
 output lie side by side, and would compute an activation in the order of the flat vector, one number
-at a time. So what is flattened is laid out first.
+at a time. So what is flattened is laid out first. And maps that are made of a flat vector, as a
+decoder begins with, are laid out as convolutions take them: otherwise a convolution and its
+gradient each have a copy made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +29,6 @@ from pyro_vae.compiled.answers import is_alias, is_in_place
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
-_SUM = torch.ops.aten.sum.dim_IntList
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 _FLATTENS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
@@ -65,6 +66,9 @@ def lay_out(graph: fx.GraphModule) -> None:
                 laid_out = graph.graph.call_function(_LAID_OUT, (maps,))
             laid_out.meta.update(maps.meta)
             node.replace_input_with(maps, laid_out)
+    for node in graph.graph.nodes:
+        if node.target in _FLATTENS and _parts_channels(node) and _root(node) not in written:
+            _put_after(node, torch.channels_last)
     graph.recompile()
 
 
@@ -72,14 +76,26 @@ def _merges_channels(node: fx.Node) -> bool:
     """Whether channels are put in a row with the places of two-dimensional maps."""
     maps: Any = node.args[0]
     before, after = maps.meta["val"], node.meta["val"]
+    return _has_channels(before, after) and maps.op == "call_function"
+
+
+def _parts_channels(node: fx.Node) -> bool:
+    """Whether two-dimensional maps are made of a row, in whose layout no view trusts."""
+    row: Any = node.args[0]
+    return _has_channels(node.meta["val"], row.meta["val"]) and all(
+        map(_is_of_one_channel, _viewed(node))
+    )
+
+
+def _has_channels(maps: Tensor, row: Tensor) -> bool:
+    """Whether these are maps whose channels lie in the row with their places."""
     return (
-        before.device.type == "cpu"
-        and before.dim() == 4
-        and after.dim() < 4
-        and after.shape[:2] != before.shape[:2]
-        and before.shape[1] > 1
-        and before.shape[2:].numel() > 1
-        and maps.op == "call_function"
+        maps.device.type == "cpu"
+        and maps.dim() == 4
+        and row.dim() < 4
+        and row.shape[:2] != maps.shape[:2]
+        and maps.shape[1] > 1
+        and maps.shape[2:].numel() > 1
     )
 
 
@@ -112,26 +128,36 @@ def multiply_out(graph: fx.GraphModule) -> None:
 def _keep_layout(node: fx.Node) -> None:
     """Lay a result out as it was when the graph was recorded, where a view relies on it."""
     value = node.meta.get("val")  # of a gradient that nobody wants there is none
-    if isinstance(value, Tensor) and value.dim() == 4 and _is_viewed(node):
+    if isinstance(value, Tensor) and value.dim() == 4 and any(_viewed(node)):
         channels_last = not value.is_contiguous()
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        with node.graph.inserting_after(node):
-            laid_out = node.graph.call_function(_CONTIGUOUS, (node,), {"memory_format": layout})
-        laid_out.meta.update(node.meta)
-        node.replace_all_uses_with(laid_out, lambda user: user is not laid_out)
+        _put_after(node, torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _is_viewed(node: fx.Node) -> bool:
-    """Whether there are views of a result, or of what takes on its layout."""
-    seen, ahead = set(), [node]
+def _put_after(node: fx.Node, layout: torch.memory_format) -> None:
+    """Have a result laid out so for whatever uses it."""
+    with node.graph.inserting_after(node):
+        laid_out = node.graph.call_function(_CONTIGUOUS, (node,), {"memory_format": layout})
+    laid_out.meta.update(node.meta)
+    node.replace_all_uses_with(laid_out, lambda user: user is not laid_out)
+
+
+def _viewed(node: fx.Node) -> Iterator[fx.Node]:
+    """Of a result, and what takes on its layout: those that there are views of."""
+    seen, ahead = {node}, [node]
     while ahead:
-        for user in ahead.pop().users:
-            if user.target in _VIEWS:
-                return True
+        current = ahead.pop()
+        if any(user.target in _VIEWS for user in current.users):
+            yield current
+        for user in current.users:
             if user not in seen and _may_take_on(user) and user.target is not _LAID_OUT:
                 seen.add(user)
                 ahead.append(user)
-    return False
+
+
+def _is_of_one_channel(node: fx.Node) -> bool:
+    """Whether these are images, which lie in memory the same in either layout."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == 1
 
 
 def _may_take_on(node: fx.Node) -> bool:
@@ -141,7 +167,7 @@ def _may_take_on(node: fx.Node) -> bool:
 
 
 def add_up_biases(graph: fx.GraphModule) -> None:
-    """Have the gradients of biases as sums of their own."""
+    """Have the gradients of biases on their own."""
     for node in graph.graph.nodes:
         if node.target is not _BACKWARD:
             continue
@@ -152,7 +178,7 @@ def add_up_biases(graph: fx.GraphModule) -> None:
         node.args = gradient, *between, [*wanted[:2], False]
         for user in list(node.users):
             if user.args[1] == 2:
-                user.target, user.args = _SUM, (gradient, [0, *range(2, value.dim())])
+                user.target, user.args = one_channel.bias_gradient, (gradient,)
     graph.recompile()
 
 
@@ -163,8 +189,7 @@ def _is_for_product(
     value, shape = maps.meta["val"], weight.meta["val"].shape
     return (
         value.device.type == "cpu"
-        # in lower precision the products would be rounded before they are added
-        and value.dtype in (torch.float32, torch.float64)
+        and value.dtype in one_channel.DTYPES
         and len(shape) == 4
         and shape[1] == 1
         and len(stride) == len(padding) == 2

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+# in lower precision the products would be rounded before they are added
+DTYPES = (torch.float32, torch.float64)
 
 
 def convolution(
@@ -47,7 +51,7 @@ def convolution_backward(
     if wanted[1]:
         seen = _windows(images, weight, stride, padding).flatten(3)
         of_weight = (_rows(gradient).T @ seen.flatten(0, 2)).view_as(weight)
-    return of_images, of_weight, _bias_gradient(gradient) if wanted[2] else None
+    return of_images, of_weight, bias_gradient(gradient) if wanted[2] else None
 
 
 def transposed_convolution_backward(
@@ -62,11 +66,15 @@ def transposed_convolution_backward(
     seen = _windows(gradient, weight, stride, padding).flatten(3)
     of_maps = (seen @ weight.flatten(1).T).permute(0, 3, 1, 2) if wanted[0] else None
     of_weight = (_rows(maps).T @ seen.flatten(0, 2)).view_as(weight) if wanted[1] else None
-    return of_maps, of_weight, _bias_gradient(gradient) if wanted[2] else None
+    return of_maps, of_weight, bias_gradient(gradient) if wanted[2] else None
 
 
-def _bias_gradient(gradient: Tensor) -> Tensor:
-    return gradient.sum((0, 2, 3))
+def bias_gradient(gradient: Tensor) -> Tensor:
+    """The gradient of a convolution's bias for that of its maps: their sum for each channel."""
+    if gradient.dim() != 4 or gradient.dtype not in DTYPES:
+        return gradient.sum((0, *range(2, gradient.dim())))
+    rows = _rows(gradient)
+    return (rows.new_ones(1, len(rows)) @ rows)[0]
 
 
 def _rows(maps: Tensor) -> Tensor:
