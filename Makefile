@@ -3,6 +3,8 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+# of fourteen thousand modules most are never imported, and the others are compiled when they are
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 RUN ?= runs/digits
 PYTEST ?= --numprocesses auto --dist worksteal
 
@@ -10,8 +12,8 @@ PYTEST ?= --numprocesses auto --dist worksteal
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 # networks this small train fastest on one thread, whatever else the machine does
