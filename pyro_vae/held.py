@@ -121,9 +121,12 @@ AnyPlace = Place | CellPlace | Item | Size | Slot
 def _entry(container: Any, key: Any) -> Reading:
     """`get` of an entry; of one that is there now, a LookupError once it has gone."""
     for kind in (dict, MappingProxyType):
-        # an entry may be made by asking for it
-        if isinstance(container, kind) and (
-            key not in container or hasattr(type(container), "__missing__")
-        ):
+        if isinstance(container, kind) and not (key in container and _is_plain(container, kind)):
             return kind.get, (container, key)
     return getitem, (container, key)
+
+
+def _is_plain(container: Any, kind: type[Any]) -> bool:
+    """Whether asking for an entry neither makes it nor makes something else of it."""
+    cls = type(container)
+    return cls.__getitem__ is kind.__getitem__ and not hasattr(cls, "__missing__")

@@ -135,6 +135,8 @@ class _Search:
             self._container(getattr(module, hooks), f"{label}.{hooks}")
         own = [key for key in vars(module) if key not in _MODULE_INTERNALS]
         foreign = not _is_users(type(module).__module__)
+        if foreign:  # what may come to hide the class's
+            self._hold(Place(module, "__dict__", "forward", f"{label}.forward"))
         for key in own:
             # what the library's own containers hold comes by itself, as modules and tensors
             place = Place(module, "__dict__", key, f"{label}.{key}")

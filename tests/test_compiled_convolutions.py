@@ -227,9 +227,27 @@ def from_a_row_written_to(x: Tensor, weight: Tensor) -> Tensor:
     return torch.conv2d(maps.relu_(), weight.expand(8, 9, 4, 4)).mean() + row.sum()
 
 
+def from_a_row_partly_strided(x: Tensor, weight: Tensor) -> Tensor:
+    maps = x.flatten(1).sin().view(4, 9, 4, 4)
+    part = maps[:, :1].as_strided((4, 16), (144, 1))
+    return torch.conv2d(maps, weight.expand(8, 9, 4, 4)).flatten(1) + part.sum(1, keepdim=True)
+
+
+def from_a_row_of_bits(x: Tensor, weight: Tensor) -> Tensor:
+    maps = x.flatten(1).sin().view(4, 9, 4, 4)
+    bits = maps.view(torch.int16).long().sum((1, 2, 3))
+    return torch.conv2d(maps, weight.expand(8, 9, 4, 4)).sum((1, 2, 3)) + bits
+
+
 @pytest.mark.parametrize(
     ("function", "laid_out"),
-    [(from_a_row, True), (from_a_row_to_maps_in_view, False), (from_a_row_written_to, False)],
+    [
+        (from_a_row, True),
+        (from_a_row_to_maps_in_view, False),
+        (from_a_row_written_to, False),
+        (from_a_row_partly_strided, False),
+        (from_a_row_of_bits, False),
+    ],
 )
 def test_what_is_made_of_a_row_is_laid_out(function: Callable[..., Tensor], laid_out: bool) -> None:
     graph = make_fx(function, tracing_mode="fake")(IMAGES, FILTERS)

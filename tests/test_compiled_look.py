@@ -19,6 +19,11 @@ class Plain:
         self.a = 1
 
 
+class Doubled(dict[str, float]):
+    def __getitem__(self, key: str) -> float:
+        return 2 * super().__getitem__(key)
+
+
 class Slotted:
     __slots__ = ("value",)
 
@@ -37,7 +42,7 @@ def everywhere() -> tuple[SimpleNamespace, list[AnyPlace]]:
     it = SimpleNamespace(
         layer=nn.Linear(2, 2), list=[1, "b"], dict={"k": 2.5}, state=[torch.zeros(2)],
         slotted=slotted, own=SimpleNamespace(a=1), plain=Plain(),
-        kind=type("Kind", (), {"weight": 1.0}),
+        doubled=Doubled(k=2.5), kind=type("Kind", (), {"weight": 1.0}),
     )  # fmt: skip
 
     def unbound() -> Any:
@@ -61,6 +66,7 @@ def everywhere() -> tuple[SimpleNamespace, list[AnyPlace]]:
         Place(it.plain, "__dict__", "a", ""),
         Place(it.own, "__dict__", "absent", ""),
         Item(it.dict, "k", ""),
+        Item(it.doubled, "k", ""),
         Place(pyro.get_param_store(), "_params", "scale", ""),
         Moment(it.state, 0, ""),
         Held(torch.ones(1), ""),

@@ -230,6 +230,11 @@ def hide_forward(part: Any) -> None:
     part.forward = lambda z: part.layer(z[None])[0] - 1.0
 
 
+def hide_forward_of_a_layer(part: Any) -> None:
+    weight, bias = part.layer.weight, part.layer.bias
+    part.layer.forward = lambda z: nn.functional.linear(z, weight, bias) - 1.0
+
+
 def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return 2 * output
 
@@ -247,7 +252,8 @@ def a_hook_of_gradients(part: Any) -> None:
 CHANGES = (
     initialise_again, exchange_attributes, delete_an_offset, change_a_default,
     change_a_default_by_name, change_code, change_the_class, hide_an_attribute_of_a_base,
-    hide_a_method_of_a_base, hide_a_method, hide_forward, another_hook, a_hook_of_gradients,
+    hide_a_method_of_a_base, hide_a_method, hide_forward, hide_forward_of_a_layer,
+    another_hook, a_hook_of_gradients,
 )  # fmt: skip
 
 
@@ -374,6 +380,26 @@ class TestRefusals:
             made.step(bad)
         assert before
         assert all(torch.equal(b, before[name]) for name, b in q.named_buffers())
+
+
+class Fleeting:
+    """Gives another dictionary each time."""
+
+    @property
+    def __dict__(self) -> dict[str, float]:  # type: ignore[override]
+        return {"weight": 2.0}
+
+
+def test_what_is_another_each_time_is_refused() -> None:
+    fleeting = Fleeting()
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(vars(fleeting)["weight"], 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(CompileError, match="each time it is looked at"):
+        svi(pv.CompiledSVI, model).step(X)
 
 
 class TestTheGuardNearAMinimum:

@@ -37,7 +37,7 @@ _PRODUCTS: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]] = {
     False: (one_channel.convolution, one_channel.convolution_backward),
     True: (one_channel.transposed_convolution, one_channel.transposed_convolution_backward),
 }
-_VIEWS = (*_FLATTENS, torch.ops.aten.as_strided.default)
+_VIEWS = (*_FLATTENS, torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype)
 
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
 _library.define("laid_out(Tensor maps) -> Tensor")
@@ -155,9 +155,11 @@ def _viewed(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_of_one_channel(node: fx.Node) -> bool:
-    """Whether these are images, which lie in memory the same in either layout."""
+    """Whether these are images of their own, which lie in memory the same in either layout."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == 1
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return False
+    return value.shape[1] == 1 and value.is_contiguous()
 
 
 def _may_take_on(node: fx.Node) -> bool:

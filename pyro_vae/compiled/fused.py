@@ -83,7 +83,11 @@ class Fused:
         if program.checked:  # or it is made again
             programs.insert(0, program)
         inputs = program.inputs(tensors)
-        assert inputs is not None
+        if inputs is None:
+            raise CompileError(
+                "something that the program holds is another each time it is looked at (an object "
+                "whose `__dict__` is a property, say), so that no graph of it could be used again"
+            )
         return Call(program, inputs)
 
     def _compile(self, leaves: list[Any], structure: Any) -> Program:
