@@ -31,13 +31,13 @@ _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 _FLATTENS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_VIEWS = (*_FLATTENS, torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype)
 
 # by whether they are of the transposed one: the convolution, and its gradients
 _PRODUCTS: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]] = {
     False: (one_channel.convolution, one_channel.convolution_backward),
     True: (one_channel.transposed_convolution, one_channel.transposed_convolution_backward),
 }
-_VIEWS = (*_FLATTENS, torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype)
 
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
 _library.define("laid_out(Tensor maps) -> Tensor")
