@@ -1,4 +1,4 @@
-"""Functions by other formulas: as exact as float32 is, and put only where they are meant."""
+"""Functions by faster formulas: exact to a few last places, and put only where they are meant."""
 
 from __future__ import annotations
 

@@ -59,13 +59,14 @@ def inductor(
         from torch._inductor.compile_fx import compile_fx
 
         from pyro_vae.compiled import convolutions, matmul
+        from pyro_vae.compiled.biases import add_up_biases
         from pyro_vae.compiled.draws import draw_at_once
         from pyro_vae.compiled.elementary import approximate
 
         draw_at_once(graph)
         convolutions.lay_out(graph)
         convolutions.multiply_out(graph)
-        convolutions.add_up_biases(graph)
+        add_up_biases(graph)
         approximate(graph)
 
         # torch's own generators, so that a compiled run draws what an eager run draws

@@ -4,9 +4,6 @@ Strided convolutions from one channel and transposed ones to one, as an encoder 
 begins with and a decoder ends with: products of matrices are faster, see `one_channel`. From two
 channels on they are not.
 
-Gradients of biases: where the channels lie side by side, PyTorch's kernel adds up number by number.
-They are a product with ones.
-
 Maps that are flattened, as an encoder ends with: TorchInductor has the channels of a convolution's
 output lie side by side, and would compute an activation in the order of the flat vector, one number
 at a time. So what is flattened is laid out first. And maps that are made of a flat vector, as a
@@ -26,6 +23,7 @@ from torch._inductor.lowering import register_lowering
 
 from pyro_vae.compiled import one_channel
 from pyro_vae.compiled.answers import is_alias, is_in_place
+from pyro_vae.compiled.biases import PRECISE
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -168,22 +166,6 @@ def _may_take_on(node: fx.Node) -> bool:
     return value.dim() > 2 if isinstance(value, Tensor) else isinstance(value, tuple | list)
 
 
-def add_up_biases(graph: fx.GraphModule) -> None:
-    """Have the gradients of biases on their own."""
-    for node in graph.graph.nodes:
-        if node.target is not _BACKWARD:
-            continue
-        gradient, *between, wanted = node.args
-        value = gradient.meta["val"]
-        if not wanted[2] or value.device.type != "cpu":
-            continue
-        node.args = gradient, *between, [*wanted[:2], False]
-        for user in list(node.users):
-            if user.args[1] == 2:
-                user.target, user.args = one_channel.bias_gradient, (gradient,)
-    graph.recompile()
-
-
 def _is_for_product(
     maps: fx.Node, weight: fx.Node, bias: fx.Node | None, stride: list[int], padding: list[int],
     dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
@@ -191,7 +173,7 @@ def _is_for_product(
     value, shape = maps.meta["val"], weight.meta["val"].shape
     return (
         value.device.type == "cpu"
-        and value.dtype in one_channel.DTYPES
+        and value.dtype in PRECISE
         and len(shape) == 4
         and shape[1] == 1
         and len(stride) == len(padding) == 2

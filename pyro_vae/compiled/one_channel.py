@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# in lower precision the products would be rounded before they are added
-DTYPES = (torch.float32, torch.float64)
+from pyro_vae.compiled.biases import bias_gradient, rows_of
 
 
 def convolution(
@@ -50,7 +48,7 @@ def convolution_backward(
         of_images = _spread(gradient, weight, images.shape[2:], stride, padding)
     if wanted[1]:
         seen = _windows(images, weight, stride, padding).flatten(3)
-        of_weight = (_rows(gradient).T @ seen.flatten(0, 2)).view_as(weight)
+        of_weight = (rows_of(gradient).T @ seen.flatten(0, 2)).view_as(weight)
     return of_images, of_weight, bias_gradient(gradient) if wanted[2] else None
 
 
@@ -65,21 +63,8 @@ def transposed_convolution_backward(
     """
     seen = _windows(gradient, weight, stride, padding).flatten(3)
     of_maps = (seen @ weight.flatten(1).T).permute(0, 3, 1, 2) if wanted[0] else None
-    of_weight = (_rows(maps).T @ seen.flatten(0, 2)).view_as(weight) if wanted[1] else None
+    of_weight = (rows_of(maps).T @ seen.flatten(0, 2)).view_as(weight) if wanted[1] else None
     return of_maps, of_weight, bias_gradient(gradient) if wanted[2] else None
-
-
-def bias_gradient(gradient: Tensor) -> Tensor:
-    """The gradient of a convolution's bias for that of its maps: their sum for each channel."""
-    if gradient.dim() != 4 or gradient.dtype not in DTYPES:
-        return gradient.sum((0, *range(2, gradient.dim())))
-    rows = _rows(gradient)
-    return (rows.new_ones(1, len(rows)) @ rows)[0]
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """The channels of each place: `(places, channels)`."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _windows(images: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
@@ -94,7 +79,7 @@ def _spread(
 ) -> Tensor:
     """Images of a size: from each place the kernel, times what is there, added up."""
     batch, _, height, width = maps.shape
-    spread = (_rows(maps) @ weight.flatten(1)).view(batch, height, width, *weight.shape[2:])
+    spread = (rows_of(maps) @ weight.flatten(1)).view(batch, height, width, *weight.shape[2:])
     spread = spread.transpose(2, 3)  # batch, height, kernel height, width, kernel width
     rows = _overlapped(spread, stride[1], padding[1], size[1], 3)
     return _overlapped(rows, stride[0], padding[0], size[0], 1)[:, None]

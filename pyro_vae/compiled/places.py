@@ -89,7 +89,7 @@ class Territory:
         """What a graph takes for granted: Python values, functions, arrays of numpy, and the
         objects that hold others; of these, that they are the same objects."""
         found = reach.reach(self._roots)
-        store, *_ = _stored()
+        store = next(_stored())
         held = [(p, p.get()) for p in (*found.places, store, *_constraints())]
         structure = {*found.structure, id(store.get())}
         return [(p, v) for p, v in held if id(v) in structure or _is_granted(v)]
