@@ -42,6 +42,11 @@ def test_softplus() -> None:
     assert relative_error(elementary.softplus, REALS[few], exact[few]) < 4
 
 
+def test_sigmoid() -> None:
+    exact = REALS.double().sigmoid()
+    assert relative_error(elementary.sigmoid, REALS, exact) < 2
+
+
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
 def test_cross_entropy(target: float) -> None:
     logits = REALS[REALS.abs() < 80]
@@ -58,6 +63,7 @@ def test_what_is_not_finite_stays_so() -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf]).float()
     torch.testing.assert_close(elementary.tanh(x), x.tanh(), equal_nan=True)
     torch.testing.assert_close(elementary.softplus(x), F.softplus(x), equal_nan=True)
+    torch.testing.assert_close(elementary.sigmoid(x), x.sigmoid(), equal_nan=True)
     for target in (torch.zeros_like(x), torch.ones_like(x)):
         want = F.binary_cross_entropy_with_logits(x, target, reduction="none")
         got = elementary.cross_entropy_of_logits(x, target)
@@ -68,6 +74,7 @@ def everything(x: Tensor) -> tuple[Tensor, ...]:
     target = (x > 0).to(x)
     return (
         x.tanh(),
+        x.sigmoid(),
         F.softplus(x),
         F.softplus(x, beta=2.0),
         F.binary_cross_entropy_with_logits(x, target, reduction="none"),
@@ -85,7 +92,7 @@ def test_where_they_are_put() -> None:
         return sum(node.target in vars(elementary).values() for node in graph.graph.nodes)
 
     x = torch.linspace(-3, 3, 7).float()
-    assert number(x) == 3
+    assert number(x) == 4
     assert number(x.double()) == number(x.bfloat16()) == 0
 
 

@@ -191,9 +191,24 @@ def test_a_missing_compiler_is_an_error_that_says_so() -> None:
     model, guide, _ = vae()
     with (
         config.patch({"cpp.cxx": ("/nowhere/c++",)}),
-        pytest.raises(CompileError, match=r"needs a working C\+\+ compiler.*/nowhere/c\+\+"),
+        pytest.raises(CompileError, match=r"/nowhere/c\+\+.*needs a working C\+\+ compiler"),
     ):
         pv.compile(pv.ELBO()(model, guide), binary(rows=11))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("", "RuntimeError"),
+        ("LoweringException: KeyError\n  target: aten.mm", "LoweringException: KeyError"),
+        (
+            "CppCompileError: C++ compile error\n\nOutput:\nk.cpp:3: error: none\n 3 | x",
+            "k.cpp:3: error: none (on a CPU it needs a working C++ compiler, g++ or clang++)",
+        ),
+    ],
+)
+def test_of_a_long_error_the_line_that_tells_most(said: str, told: str) -> None:
+    assert backend._said(RuntimeError(said)) == told
 
 
 @needs_compiler

@@ -76,6 +76,8 @@ def inductor(
         # on a CPU the calls of the kernels are a good part of a small step: they too in C++, and
         # what they leave for one another in one piece of memory instead of dozens
         options["cpp_wrapper"] = options["memory_planning"] = on_cpu
+        # a product and a sum are one operation, rounded once; half of a polynomial's time
+        options["cpp.enable_floating_point_contract_flag"] = "fast"
         if not vectorized:
             options["cpp.simdlen"] = 1
         if matmul.available():
@@ -87,11 +89,17 @@ def inductor(
             with _drawn_whole(), tracing(TracingContext(mode)):
                 return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
         except Exception as error:
-            said = str(error).strip() or type(error).__name__
-            raise CompileError(
-                "TorchInductor cannot compile the program; on a CPU it needs a working C++ "
-                f"compiler (g++ or clang++). It says: {said.splitlines()[0]}"
-            ) from error
+            said = _said(error)
+            raise CompileError(f"TorchInductor cannot compile the program: {said}") from error
+
+
+def _said(error: Exception) -> str:
+    """The line that tells most of an error of TorchInductor, which may be hundreds long."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if not any("C++ compile" in line for line in lines):
+        return lines[0]
+    told = next((line for line in lines if "error:" in line), lines[0])
+    return f"{told} (on a CPU it needs a working C++ compiler, g++ or clang++)"
 
 
 @contextmanager

@@ -44,6 +44,13 @@ def softplus(x: Tensor) -> Tensor:
     return x.clamp(min=0) + log_one_plus((-x.abs()).exp())
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), by the exponential that the cross entropy of x needs as well: kernels
+    compute it once."""
+    small = (-x.abs()).exp()
+    return torch.where(x < 0, small, 1.0) / (1 + small)
+
+
 def cross_entropy_of_logits(logits: Tensor, target: Tensor) -> Tensor:
     """The binary cross entropy of each element, as torch computes it."""
     log_sigmoid = logits.clamp(max=0) - log_one_plus((-logits.abs()).exp())
@@ -62,6 +69,7 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 # by operation: what stands for it where its arguments after the tensors are these
 _INSTEAD: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     torch.ops.aten.tanh.default: (tanh, ()),
+    torch.ops.aten.sigmoid.default: (sigmoid, ()),
     torch.ops.aten.softplus.default: (softplus, ()),
     # no weights, no reduction
     torch.ops.aten.binary_cross_entropy_with_logits.default: (
