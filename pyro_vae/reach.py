@@ -14,8 +14,9 @@ import dis
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
+from itertools import combinations
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -58,7 +59,8 @@ def reach(roots: Mapping[str, Any]) -> Reached:
         search, known = _Search(names), names.number
         search.walk(roots)
         if names.number == known:
-            return Reached(search.modules, search.places, set(search.seen))
+            places = [*search.places, *search.hiding()]
+            return Reached(search.modules, places, set(search.seen))
 
 
 class _Names(NamedTuple):
@@ -71,6 +73,10 @@ class _Names(NamedTuple):
 
     read: set[str]
     asked: set[str]
+
+    def includes(self, key: str) -> bool:
+        """Whether some code may read an attribute of this name."""
+        return key in self.read or not self.read.isdisjoint(_LOOKUPS)
 
     @property
     def number(self) -> int:
@@ -86,22 +92,55 @@ class _Search:
         self.places: list[AnyPlace] = []
         self.seen: dict[int, Any] = {}  # the things too, so that none makes room for another
         self._names = names
-        self._ahead: deque[tuple[Any, str]] = deque()
+        self._ahead: deque[tuple[Callable[[Any, str], None], Any, str]] = deque()
+        self._instances: list[tuple[Any, str]] = []  # of the user's classes
 
     def walk(self, roots: Mapping[str, Any]) -> None:
         """Enter the roots, and whatever is found."""
         for label, root in roots.items():
             self._visit(root, label)
         while self._ahead:
-            thing, label = self._ahead.popleft()
-            self._way_into(thing)(thing, label)
+            enter, thing, label = self._ahead.popleft()
+            enter(thing, label)
+
+    def hiding(self) -> Iterator[Place]:
+        """Where something may come to hide what an object has from its class: in the object, or in
+        a class that is nearer to it. After the walk, when all names are known."""
+        classes = {id(type(thing)): type(thing) for thing, _ in self._instances}
+        inherited = {i: self._inherited_by(cls) for i, cls in classes.items()}
+        for thing, label in self._instances:
+            if not hasattr(thing, "__dict__"):
+                continue
+            own = _vars_of(thing)
+            for key in inherited[id(type(thing))]:
+                if key not in own:
+                    yield Place(thing, "__dict__", key, f"{label}.{key}")
+        pairs = (pair for cls in classes.values() for pair in combinations(_bases(cls), 2))
+        for near, base in {(id(near), id(base)): (near, base) for near, base in pairs}.values():
+            for key in sorted(self._offered(base) - vars(near).keys()):
+                yield Place(near, "__dict__", key, f"{near.__qualname__}.{key}")
+
+    def _inherited_by(self, cls: type) -> list[str]:
+        return sorted({key for base in _bases(cls) for key in self._offered(base)})
+
+    def _offered(self, base: type) -> set[str]:
+        """What instances have from this class, and what code asks them for."""
+        defaults = {
+            k for k, v in vars(base).items()
+            if (self._names.includes(k) or k == "forward")
+            and (is_constant(v) or isinstance(v, FunctionType))
+        }  # fmt: skip
+        return defaults | self._names.asked
 
     def _visit(self, thing: Any, label: str) -> None:
-        if id(thing) not in self.seen and self._way_into(thing) is not None:
+        if id(thing) in self.seen:
+            return
+        enter = self._way_into(thing)
+        if enter is not None:
             self.seen[id(thing)] = thing
-            self._ahead.append((thing, label))
+            self._ahead.append((enter, thing, label))
 
-    def _way_into(self, thing: Any) -> Any:
+    def _way_into(self, thing: Any) -> Callable[[Any, str], None] | None:
         if isinstance(thing, nn.Module):
             return self._module
         if isinstance(thing, FunctionType):
@@ -157,25 +196,15 @@ class _Search:
         self._inherited(thing, label)
 
     def _inherited(self, thing: Any, label: str) -> None:
-        """What an object has from its class, and what may come to hide it: in the object, or in a
-        class that is nearer to it."""
+        """What an object has from its class."""
         self.places.append(Slot(thing, "__class__", f"{label}.__class__"))
-        nearer = [(thing, label)] if hasattr(thing, "__dict__") else []
-        for base in filter(lambda cls: _is_users(cls.__module__), type(thing).__mro__):
+        self._instances.append((thing, label))
+        for base in _bases(type(thing)):
             self._visit(base, base.__qualname__)
-            defaults = {
-                k for k, v in vars(base).items()
-                if (self._is_named(k) or k == "forward")
-                and (is_constant(v) or isinstance(v, FunctionType))
-            }  # fmt: skip
-            for hider, name in nearer:
-                for key in sorted((defaults | self._names.asked) - _vars_of(hider).keys()):
-                    self.places.append(Place(hider, "__dict__", key, f"{name}.{key}"))
-            nearer.append((base, base.__qualname__))
 
     def _class(self, cls: type, label: str) -> None:
         for key, value in list(vars(cls).items()):
-            if key in ("forward", "__call__") or self._is_named(key):
+            if key in ("forward", "__call__") or self._names.includes(key):
                 self._hold(Place(cls, "__dict__", key, f"{label}.{key}"))
                 for part in _functions(value):
                     self._visit(part, f"{label}.{key}")
@@ -234,18 +263,20 @@ class _Search:
     def _counts(self, cls: type, key: str) -> bool:
         """Whether some code may read this attribute of an instance of the class."""
         records = issubclass(cls, _RECORDS) or dataclasses.is_dataclass(cls)
-        return records or _has_foreign_code(cls) or self._is_named(key)
-
-    def _is_named(self, key: str) -> bool:
-        return key in self._names.read or not self._names.read.isdisjoint(_LOOKUPS)
+        return records or _has_foreign_code(cls) or self._names.includes(key)
 
 
 def _vars_of(thing: Any) -> Mapping[str, Any]:
     """An object's own attributes, those of a module's tables included."""
-    own = getattr(thing, "__dict__", {})
+    own: Mapping[str, Any] = thing.__dict__
     if not isinstance(thing, nn.Module):
         return own
     return {**own, **thing._parameters, **thing._buffers, **thing._modules}
+
+
+def _bases(cls: type) -> list[type]:
+    """The user's own of a class's bases, and itself, the nearest first."""
+    return [base for base in cls.__mro__ if _is_users(base.__module__)]
 
 
 def _has_foreign_code(cls: type) -> bool:
@@ -292,5 +323,6 @@ def _names(code: CodeType) -> _Code:
     return _Code(attributes, variables, asked)
 
 
+@cache
 def _is_users(module: str | None) -> bool:
     return (module or "").split(".")[0] not in _LIBRARIES
