@@ -82,23 +82,13 @@ def test_shapes_under_extra_leading_dimensions(prior, likelihood, posterior):
 @combinations
 def test_one_step_with_gradients_to_every_parameter(prior, likelihood, posterior):
     vae, x = build(prior, likelihood, posterior)
-    for objective in OBJECTIVES:
-        expect_gradients(vae, objective, x)
     for objective in (Trace_ELBO(), *OBJECTIVES):
         before = {name: p.detach().clone() for name, p in vae.named_parameters()}
         svi = SVI(vae.model, vae.guide, pyro.optim.SGD({"lr": 1e-3}), objective)
         assert math.isfinite(svi.step(x))
-        assert all(not torch.equal(before[name], p) for name, p in vae.named_parameters())
-
-
-def expect_gradients(vae, objective, x):
-    vae.zero_grad()
-    loss = objective.differentiable_loss(vae.model, vae.guide, x)
-    loss.backward()
-    assert torch.isfinite(loss)
-    for name, parameter in vae.named_parameters():
-        assert parameter.grad is not None, (objective, name)
-        assert torch.isfinite(parameter.grad).all(), (objective, name)
+        for name, parameter in vae.named_parameters():  # moves by its gradient
+            assert parameter.isfinite().all(), (objective, name)
+            assert not torch.equal(before[name], parameter), (objective, name)
 
 
 @combinations
