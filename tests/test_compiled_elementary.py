@@ -101,3 +101,10 @@ def test_in_generated_code() -> None:
     graph = make_fx(everything)(x)
     for got, want in zip(inductor(graph, [x])(x), everything(x), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-12)
+
+
+def test_in_generated_code_too_tanh_stays_within_one() -> None:
+    graph = make_fx(lambda x: (x.tanh(),))(REALS)
+    [found] = inductor(graph, [REALS])(REALS)
+    assert found.abs().max() <= 1
+    assert relative_error(lambda _: found, REALS, REALS.double().tanh()) < 4
