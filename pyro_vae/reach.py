@@ -107,21 +107,21 @@ class _Search:
         """Where something may come to hide what an object has from its class: in the object, or in
         a class that is nearer to it. After the walk, when all names are known."""
         classes = {id(type(thing)): type(thing) for thing, _ in self._instances}
-        inherited = {i: self._inherited_by(cls) for i, cls in classes.items()}
+        bases = {id(base): base for cls in classes.values() for base in _bases(cls)}
+        offered = {i: self._offered(base) for i, base in bases.items()}
+        in_objects: dict[int, set[str]] = {i: set() for i in classes}
+        in_classes: dict[int, set[str]] = {i: set() for i in bases}
+        for i, cls in classes.items():
+            in_objects[i].update(*(offered[id(base)] for base in _bases(cls)))
+            for near, base in combinations(_bases(cls), 2):
+                in_classes[id(near)] |= offered[id(base)]
         for thing, label in self._instances:
-            if not hasattr(thing, "__dict__"):
-                continue
-            own = _vars_of(thing)
-            for key in inherited[id(type(thing))]:
-                if key not in own:
+            if hasattr(thing, "__dict__"):
+                for key in sorted(in_objects[id(type(thing))] - _vars_of(thing).keys()):
                     yield Place(thing, "__dict__", key, f"{label}.{key}")
-        pairs = (pair for cls in classes.values() for pair in combinations(_bases(cls), 2))
-        for near, base in {(id(near), id(base)): (near, base) for near, base in pairs}.values():
-            for key in sorted(self._offered(base) - vars(near).keys()):
+        for i, near in bases.items():
+            for key in sorted(in_classes[i] - vars(near).keys()):
                 yield Place(near, "__dict__", key, f"{near.__qualname__}.{key}")
-
-    def _inherited_by(self, cls: type) -> list[str]:
-        return sorted({key for base in _bases(cls) for key in self._offered(base)})
 
     def _offered(self, base: type) -> set[str]:
         """What instances have from this class, and what code asks them for."""

@@ -161,6 +161,29 @@ class TestInductor:
         # torch could keep the graph on disk
         assert counters["inductor"]["fxgraph_cache_bypass"] == bypassed
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_difference_of_equal_products_is_zero(self, dtype: torch.dtype) -> None:
+        """As it is not where a product and a sum are rounded once: a graph checked on points that
+        lie elsewhere would say that a point on a line lies beside it."""
+
+        def model(points: Tensor, ends: Tensor) -> None:
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
+            (a, b), (c, d) = points, ends
+            side = (a * d - b * c).sign()
+            pyro.sample("side", dist.Normal(z, 1.0).expand(a.shape).to_event(1), obs=side)
+
+        def guide(*_: Tensor) -> None:
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros((), dtype=dtype)), 1.0))
+
+        points, ends = torch.rand(2, 2, 64, dtype=dtype)
+        loss = Trace_ELBO()
+        compiled = pv.compile(loss(model, guide), points, ends)
+        for other in (ends, points):
+            pyro.set_rng_seed(1)
+            expected = loss.differentiable_loss(model, guide, points, other)
+            pyro.set_rng_seed(1)
+            torch.testing.assert_close(compiled(points, other), expected)
+
     def test_draws_of_several_kinds_stay_in_order(self) -> None:
         """Dropout, Gamma and Normal draw from one stream; a swap would change the numbers."""
         model, guide, (x,) = dropout()

@@ -76,8 +76,6 @@ def inductor(
         # on a CPU the calls of the kernels are a good part of a small step: they too in C++, and
         # what they leave for one another in one piece of memory instead of dozens
         options["cpp_wrapper"] = options["memory_planning"] = on_cpu
-        # a product and a sum are one operation, rounded once; half of a polynomial's time
-        options["cpp.enable_floating_point_contract_flag"] = "fast"
         if not vectorized:
             options["cpp.simdlen"] = 1
         if matmul.available():
