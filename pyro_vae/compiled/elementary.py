@@ -1,7 +1,8 @@
 """Functions that generated vector code on a CPU computes slowly, by faster formulas.
 
 The vector library that TorchInductor calls is right to one unit of the last place of float32, and
-takes several times as long as a quotient of polynomials that is right to two or four.
+takes several times as long as a quotient of polynomials that is right to two or four. A sigmoid and
+a cross entropy of the same logits share their exponential.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)), by the exponential that the cross entropy of x needs as well: kernels
-    compute it once."""
+    """1 / (1 + exp(-x)), by the exponential that the cross entropy of x needs as well."""
     small = (-x.abs()).exp()
     return torch.where(x < 0, small, 1.0) / (1 + small)
 
