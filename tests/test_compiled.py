@@ -1,7 +1,9 @@
 """The compiled objective against the eager one: the same draws give the same numbers."""
 
 import copy
+import itertools
 import math
+import operator
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -472,6 +474,29 @@ class TestWhatCannotBeCompiled:
 
         with pytest.raises(CompileError, match=r"calls changes at every run"):
             pv.compile(program(Counter()), torch.ones(3), backend="eager")
+
+    @pytest.mark.parametrize("factor", [1 + 1e-9, 1.01, 2.0])
+    @pytest.mark.parametrize("validated", [True, False])
+    def test_a_number_that_an_iterator_gives(self, factor: float, validated: bool) -> None:
+        """However fast it changes: by next to nothing, or by more than any difference to come."""
+        weights = itertools.accumulate(itertools.repeat(factor), operator.mul)
+        drifting = program(lambda x: x * next(weights))
+        with (
+            pyro.validation_enabled(validated),
+            pytest.raises(CompileError, match="something else every time"),
+        ):
+            pv.compile(drifting, torch.ones(3), backend="eager")
+
+    def test_what_a_first_run_sets_up_is_no_drift(self) -> None:
+        made: list[Tensor] = []
+
+        def scaled(x: Tensor) -> Tensor:
+            if not made:
+                made.append(torch.randn(()))
+            return x * made[0] * torch.randn(3)
+
+        compiled = pv.compile(program(scaled), torch.ones(3), backend="eager")
+        assert programs(compiled) == 1
 
     def test_an_attribute_that_remembers_a_tensor(self) -> None:
         class Memory(nn.Module):

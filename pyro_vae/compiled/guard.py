@@ -9,17 +9,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.compiled.answers import is_alias
-from pyro_vae.compiled.record import Change
+from pyro_vae.compiled.record import STANDS_STILL, Change
 from pyro_vae.errors import CompileError
 
 _COPIES = (
     torch.ops.aten._to_copy.default,
     torch.ops.aten.clone.default,
     torch.ops.aten.lift_fresh_copy.default,
-)
-_ADVICE = (
-    "Does the program draw from a generator of its own, read a clock, or keep count in Python? "
-    "Those stand still in a compiled program. If not, run without compiling, and please report it"
 )
 
 
@@ -68,7 +64,7 @@ def check_agreement(
             raise CompileError(
                 f"compiled and eager {what} differ on the same draws: number {i}, of shape "
                 f"{tuple(e.shape)}, by {distance.item():.3g} where {allowed.item():.3g} is "
-                f"rounding. {_ADVICE}"
+                f"rounding. {STANDS_STILL}"
             )
 
 
@@ -121,7 +117,7 @@ def check_changes(
             raise CompileError(
                 "compiled and eager updates differ on the same draws: a parameter of shape "
                 f"{tuple(weight.shape)}, by {distance.item():.3g} where {allowed.item():.3g} is "
-                f"rounding (weighed by its first moment). {_ADVICE}"
+                f"rounding (weighed by its first moment). {STANDS_STILL}"
             )
 
 

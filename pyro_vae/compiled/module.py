@@ -32,10 +32,11 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     in modules, other objects, lists and dictionaries (of up to 64 entries), Pyro's store, closures
     and globals may be replaced as well. A Python number there that changes, a module or function
     that is replaced, and another argument that is no tensor are another program, compiled at the
-    next call; values inside numpy arrays are taken as they are at the first. What a program leaves
-    in Python (an attribute that holds its last draw, a list that it appends to) is left when it is
-    compiled and not again, and checks of distributions' arguments (`pyro.enable_validation`) are
-    made then only.
+    next call; values inside numpy arrays are taken as they are at the first. So is what comes from
+    an iterator or a clock, which is refused where it shows: two runs on the same draws must say the
+    same. What a program leaves in Python (an attribute that holds its last draw, a list that it
+    appends to) is left when it is compiled and not again, and checks of distributions' arguments
+    (`pyro.enable_validation`) are made then only.
 
     On a CPU under glibc the process keeps up to 512 MB of memory that it frees from then on, unless
     malloc's environment variables say otherwise.

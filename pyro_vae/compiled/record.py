@@ -27,6 +27,11 @@ from pyro_vae.held import Place, is_constant
 # a program as it is traced: tensors to report, the loss first, and whatever stays as it is
 Run = Callable[[], tuple[Sequence[Tensor], Any]]
 _ATTEMPTS = 3
+STANDS_STILL = (
+    "Does the program draw from a generator of its own, read a clock or an iterator, or keep count "
+    "in Python? Those stand still in a compiled program. If not, run without compiling, and please "
+    "report it"
+)
 _REGISTERED = ("_parameters", "_buffers", "_params")
 
 
@@ -54,7 +59,8 @@ class Recording:
 
 
 def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recording:
-    """Run eagerly until nothing new turns up (parameters made on first use, say), and record it.
+    """Run eagerly until nothing new turns up (parameters made on first use, say) and two runs have
+    said the same, and record the last.
 
     Generators, and the tensors that the program may change, are left as they were. Where Pyro's
     validation is on, the first run is validated; what is recorded is a run without, as the compiled
@@ -62,10 +68,10 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
 
     Raises:
         CompileError: each run changes the program: an attribute, a tensor that is no module's
-            buffer, or the state of Python's or numpy's generator.
+            buffer, the state of Python's or numpy's generator, or what it computes.
     """
-    validated = [True] if is_validation_enabled() else []
-    for validation in [*validated, *[False] * _ATTEMPTS]:
+    said: list[Tensor] | None = None
+    for validation in [is_validation_enabled(), *[False] * _ATTEMPTS]:
         before, frozen = _inventory(territory), territory.frozen()
         with (
             pyro.validation_enabled(validation),
@@ -74,11 +80,18 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
         ):
             recording = _run(run, arguments, territory, changes)
         after = _inventory(territory)
-        if before == after and not validation:
+        repeated = said is not None and _repeated(recording.outputs, said)
+        said = recording.outputs
+        if before == after and repeated and not validation:
             territory.changed |= {id(change.tensor) for change in recording.changed}
             recording.frozen = [(p, v) for p, v in frozen if places.same(p.get(), v)]
             return recording
     changed = sorted({label for label, _ in (before - after) + (after - before)})
+    if not changed:
+        raise CompileError(
+            "the program computes something else every time that it is run, on the same draws and "
+            f"parameters. {STANDS_STILL}"
+        )
     raise CompileError(
         f"{', '.join(changed[:5])} changes at every run of the program, and would stand still in a "
         "compiled one: make it a buffer that is changed in place, or an argument"
@@ -234,6 +247,21 @@ def _run(
     with without_hooks(wanted):
         gradients = gradients_of(outputs[0], wanted)
     return Recording(captured, [o.detach() for o in outputs], wanted, gradients, changes.found())
+
+
+def _repeated(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    """Whether a run said what the one before did, but for the order in which a GPU adds up."""
+    return len(outputs) == len(before) and all(map(_about_equal, outputs, before))
+
+
+def _about_equal(now: Tensor, then: Tensor) -> bool:
+    if now.shape != then.shape or now.dtype != then.dtype:
+        return False
+    if not now.is_floating_point():
+        return torch.equal(now, then)
+    rounding = 100 * torch.finfo(now.dtype).eps
+    largest = then.abs().nan_to_num(posinf=0.0).max().item() if then.numel() else 0.0
+    return torch.allclose(now, then, rtol=rounding, atol=rounding * largest, equal_nan=True)
 
 
 def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
