@@ -1,5 +1,7 @@
 """`fit(compile=...)`: the same draws and the same weights as without, or a word on why not."""
 
+import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +146,18 @@ def test_a_schedule_of_a_weight_that_is_a_number() -> None:
         states.append(vae.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_log_px_on_the_way_compiles_nothing_anew(caplog: pytest.LogCaptureFixture) -> None:
+    vae, x = small_vae(), binary(40, 0)
+    with caplog.at_level(logging.INFO, logger="pyro_vae"):
+        pv.fit(
+            vae, x, epochs=3, batch_size=20, device="cpu", compile=True,
+            trackers=[pv.track_log_px(vae, x[:5], every=1, num_samples=10)],
+        )  # fmt: skip
+    compiled = [m for m in caplog.messages if re.match(r"compiling for .*\(20, ", m)]
+    assert len(compiled) == 1
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -93,9 +93,17 @@ def test_each_is_read_as_it_reads_itself() -> None:
     it.state[0] = torch.ones(2)
     it.slotted.value = 4
     it.kind.weight, it.kind.hidden = 2.0, 3.0
-    pyro.get_param_store()["scale"] = torch.tensor(5.0)
+    store = pyro.get_param_store()
+    store["scale"] = torch.tensor(5.0)
     check()
-    del it.own.absent, it.slotted.value
+    del it.own.absent, it.slotted.value, it.kind.hidden
+    check()
+    it.plain.__dict__ = {"a": 2}
+    with store.scope(store.get_state()):  # leaves other dictionaries behind
+        check()
+    check()
+    it.plain.a = 3
+    store["scale"] = torch.tensor(6.0)
     check()
 
 
@@ -106,11 +114,13 @@ def test_what_has_gone_is_told() -> None:
         lambda it: delattr(it.own, "a"),
         lambda it: delattr(it.layer, "weight"),
         lambda it: it.state.clear(),
-        lambda it: setattr(it.plain, "__dict__", {"a": 1}),
+        lambda it: setattr(it.plain, "__dict__", {}),
+        lambda it: setattr(it.own, "absent", 1) or setattr(it.plain, "__dict__", {"b": 1}),
         lambda it: pyro.get_param_store().clear(),
     ):
         it, places = everywhere()
         look = Look(places)
         assert look() is not None
         forget(it)
+        assert look() is None
         assert look() is None

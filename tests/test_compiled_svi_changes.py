@@ -89,6 +89,22 @@ def the_store_cleared_under_an_autoguide(kind: Any) -> list[Any]:
     return found + [made.step(X) for _ in range(2)] + stored()
 
 
+def steps_around_an_evaluation(made: Any) -> list[Any]:
+    """With the store put back to what it was, as every evaluation leaves it: in other
+    dictionaries."""
+    store = pyro.get_param_store()
+    found = [made.step(X)]
+    with store.scope(store.get_state()):
+        pyro.param("loc").data.add_(1.0)
+    found.append(made.step(X))
+    store["loc"] = torch.tensor(5.0)
+    return [*found, made.step(X)]
+
+
+def the_store_put_back(kind: Any) -> list[Any]:
+    return steps_around_an_evaluation(svi(kind)) + stored()
+
+
 def another_optimizer(kind: Any) -> list[Any]:
     made = svi(kind)
     found = [made.step(X)]
@@ -136,8 +152,8 @@ def a_parameter_as_argument(kind: Any) -> list[Any]:
 
 SCRIPTS = (
     a_parameter_hidden, a_network_registered_before, local_parameters, the_store_cleared,
-    the_store_cleared_under_an_autoguide, another_optimizer, another_loss, a_gradient_hook,
-    a_parameter_as_argument, a_parameter_by_another_constraint,
+    the_store_cleared_under_an_autoguide, the_store_put_back, another_optimizer, another_loss,
+    a_gradient_hook, a_parameter_as_argument, a_parameter_by_another_constraint,
 )  # fmt: skip
 
 
@@ -380,6 +396,12 @@ class TestRefusals:
             made.step(bad)
         assert before
         assert all(torch.equal(b, before[name]) for name, b in q.named_buffers())
+
+
+def test_a_store_put_back_to_what_it_was_is_no_other_program() -> None:
+    made = svi(pv.CompiledSVI)
+    steps_around_an_evaluation(made)
+    assert len(made.compile_seconds) == 1
 
 
 class Fleeting:

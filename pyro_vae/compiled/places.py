@@ -89,10 +89,8 @@ class Territory:
         """What a graph takes for granted: Python values, functions, arrays of numpy, and the
         objects that hold others; of these, that they are the same objects."""
         found = reach.reach(self._roots)
-        store = next(_stored())
-        held = [(p, p.get()) for p in (*found.places, store, *_constraints())]
-        structure = {*found.structure, id(store.get())}
-        return [(p, v) for p, v in held if id(v) in structure or _is_granted(v)]
+        held = [(p, p.get()) for p in (*found.places, *_constraints())]
+        return [(p, v) for p, v in held if id(v) in found.structure or _is_granted(v)]
 
     def changing(self) -> list[tuple[Tensor, AnyPlace]]:
         """The tensors that a run may change: the modules' buffers, and what the update updates."""
@@ -121,8 +119,6 @@ class Territory:
 
 def _stored() -> Iterator[Place]:
     store = pyro.get_param_store()
-    # where it is cleared or exchanged, another dictionary
-    yield Place(store, "__dict__", "_params", "Pyro's parameter store")
     for key in store.keys():  # noqa: SIM118
         yield Place(store, "_params", key, f'pyro.param("{key}")')
 
