@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-CONSTANTS = (bool, int, float, complex, str, type(None), np.generic, torch.dtype, torch.device)
+CONSTANTS = (
+    bool, int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device,
+)  # fmt: skip
 # a function of C and its arguments: what `get` does, for who does it at every step
 Reading = tuple[Callable[..., Any], tuple[Any, ...]]
 _CONTENTS = attrgetter("cell_contents")
@@ -99,6 +101,36 @@ class Size(NamedTuple):
         return len, (self.container,)
 
 
+class Members(NamedTuple):
+    """What a set holds."""
+
+    container: Any
+    label: str
+
+    def get(self) -> Any:
+        """The members now."""
+        return tuple(self.container)
+
+    def reading(self) -> Reading:
+        """`get`."""
+        return tuple, (self.container,)
+
+
+class Values(NamedTuple):
+    """The numbers in an array."""
+
+    array: np.ndarray[Any, Any]
+    label: str
+
+    def get(self) -> Any:
+        """The numbers now."""
+        return self.array.tobytes()
+
+    def reading(self) -> Reading:
+        """`get`."""
+        return np.ndarray.tobytes, (self.array,)
+
+
 class Slot(NamedTuple):
     """An attribute that is kept in no dictionary."""
 
@@ -115,7 +147,7 @@ class Slot(NamedTuple):
         return getattr, (self.owner, self.key, None)
 
 
-AnyPlace = Place | CellPlace | Item | Size | Slot
+AnyPlace = Place | CellPlace | Item | Size | Members | Values | Slot
 
 
 def _entry(container: Any, key: Any) -> Reading:

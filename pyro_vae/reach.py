@@ -13,28 +13,46 @@ import dataclasses
 import dis
 import sys
 import types
-from collections import deque
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache, cached_property, partial, partialmethod, singledispatchmethod
 from itertools import combinations
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pyro.infer import ELBO
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.reparam_messenger import ReparamHandler
 from torch import nn
+from torch.distributions import Distribution, Transform
 
-from pyro_vae.held import AnyPlace, CellPlace, Item, Place, Size, Slot, is_constant
+from pyro_vae.held import AnyPlace, CellPlace, Item, Members, Place, Size, Slot, Values, is_constant
 
 _LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _PLAIN_BASES = {"Module", "PyroModule", "object", "ABC", "Generic", "Protocol"}
-_RECORDS = types.SimpleNamespace | argparse.Namespace
+_RECORDS = types.SimpleNamespace | argparse.Namespace | UserDict | UserList | ChainMap
+# of the libraries' objects, those whose attributes a program's numbers are kept in
+_OPEN = ELBO | Messenger | ReparamHandler | Reparam | Distribution | Transform | _RECORDS
+# methods that no running program calls, or that say nothing of its numbers; the other special ones
+# are called by syntax, which names none (`a[i]`, `with a`, `float(a)`)
+_UNCALLED = frozenset(
+    f"__{name}__" for name in (
+        "init", "new", "del", "post_init", "init_subclass", "class_getitem", "set_name", "repr",
+        "dir", "hash", "sizeof", "copy", "deepcopy", "reduce", "reduce_ex", "getstate", "setstate",
+        "getnewargs", "getnewargs_ex", "setattr", "delattr", "setitem", "delitem", "set", "delete",
+    )
+)  # fmt: skip
 # by which code finds what it does not name
-_LOOKUPS = {"getattr", "hasattr", "vars", "__dict__", "asdict", "attrgetter", "eval", "exec"}
-# of a list or dictionary; the entries of a longer one are not watched
+_LOOKUPS = {
+    "getattr", "hasattr", "vars", "__dict__", "asdict", "attrgetter", "eval", "exec",
+    "__getattribute__",
+}  # fmt: skip
+# of a list, a dictionary, a set or an array; the entries of a longer one are not watched
 LONGEST = 64
 
 
@@ -44,12 +62,10 @@ class Reached(NamedTuple):
     Attributes:
         modules: every module and the name of the way to it.
         places: what holds modules, tensors, numbers and objects, in the order of the search.
-        structure: the identities of the modules, functions and objects that hold others.
     """
 
     modules: dict[nn.Module, str]
     places: list[AnyPlace]
-    structure: set[int]
 
 
 def reach(roots: Mapping[str, Any]) -> Reached:
@@ -59,8 +75,7 @@ def reach(roots: Mapping[str, Any]) -> Reached:
         search, known = _Search(names), names.number
         search.walk(roots)
         if names.number == known:
-            places = [*search.places, *search.hiding()]
-            return Reached(search.modules, places, set(search.seen))
+            return Reached(search.modules, [*search.places, *search.hiding()])
 
 
 class _Names(NamedTuple):
@@ -149,15 +164,17 @@ class _Search:
             return self._method
         if isinstance(thing, partial):
             return self._partial
-        if isinstance(thing, dict | list | tuple):
+        if isinstance(thing, dict | list | tuple | deque):
             return self._container
         if isinstance(thing, set | frozenset):
             return self._set
+        if isinstance(thing, np.ndarray):
+            return self._array
         if isinstance(thing, type):
             return self._class if _is_users(thing.__module__) else None
         if isinstance(thing, ModuleType):
             return self._imported if _is_users(thing.__name__) else None
-        if isinstance(thing, ELBO | Messenger | _RECORDS) or _is_users(type(thing).__module__):
+        if isinstance(thing, _OPEN) or _is_users(type(thing).__module__):
             return self._object
         return self._wrapper if hasattr(thing, "__wrapped__") else None
 
@@ -204,7 +221,8 @@ class _Search:
 
     def _class(self, cls: type, label: str) -> None:
         for key, value in list(vars(cls).items()):
-            if key in ("forward", "__call__") or self._names.includes(key):
+            special = callable(value) and _is_special(key)
+            if key == "forward" or special or self._names.includes(key):
                 self._hold(Place(cls, "__dict__", key, f"{label}.{key}"))
                 for part in _functions(value):
                     self._visit(part, f"{label}.{key}")
@@ -234,8 +252,9 @@ class _Search:
         self._visit(method.__func__, label)
 
     def _partial(self, thing: partial[Any], label: str) -> None:
-        for i, part in enumerate((thing.func, *thing.args, *thing.keywords.values())):
-            self._visit(part, f"{label}[{i}]")
+        self._visit(thing.func, f"{label}.func")
+        self._container(thing.args, label)
+        self._container(thing.keywords, label)
 
     def _wrapper(self, thing: Any, label: str) -> None:
         self._visit(thing.__wrapped__, label)
@@ -247,9 +266,15 @@ class _Search:
         for key in list(container) if isinstance(container, dict) else range(len(container)):
             self._hold(Item(container, key, f"{label}[{key!r}]"))
 
-    def _set(self, things: Iterable[Any], label: str) -> None:
+    def _set(self, things: Any, label: str) -> None:
+        if len(things) <= LONGEST:
+            self.places.append(Members(things, label))
         for thing in list(things):
             self._visit(thing, label)
+
+    def _array(self, array: Any, label: str) -> None:
+        if array.size <= LONGEST:
+            self.places.append(Values(array, label))
 
     def _imported(self, module: ModuleType, label: str) -> None:
         for key in list(vars(module)):
@@ -290,6 +315,15 @@ def _functions(value: Any) -> Iterator[Any]:
         yield value.__func__
     elif isinstance(value, property):
         yield from filter(None, (value.fget, value.fset))
+    elif isinstance(value, partialmethod | cached_property):
+        yield value.func
+    elif isinstance(value, singledispatchmethod):
+        yield from value.dispatcher.registry.values()
+
+
+def _is_special(key: str) -> bool:
+    """Whether Python calls a method of this name for syntax that does not name it."""
+    return key.startswith("__") and key.endswith("__") and key not in _UNCALLED
 
 
 def _slots(cls: type) -> Iterable[str]:

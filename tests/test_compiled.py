@@ -16,6 +16,7 @@ import pytest
 import torch
 from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae, weighed
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -385,9 +386,14 @@ class TestTheModule:
     def test_it_cannot_be_differentiated_twice(self) -> None:
         loss, x = pair()
         compiled = pv.compile(loss, x, backend="eager")
-        (slope, *_) = torch.autograd.grad(compiled(x), parameters(loss)[:1], create_graph=True)
-        with pytest.raises(RuntimeError, match="does not require grad"):
-            slope.sum().backward()
+        with pytest.raises(CompileError, match="differentiated once"):
+            torch.autograd.grad(compiled(x), parameters(loss)[:1], create_graph=True)
+
+    def test_transforms_of_torch_func_are_refused(self) -> None:
+        loss, x = pair()
+        compiled = pv.compile(loss, x, backend="eager")
+        with pytest.raises(CompileError, match=r"no transform of torch\.func"):
+            torch.func.grad(compiled)(x)
 
     def test_it_takes_an_objective_of_a_pair(self) -> None:
         with pytest.raises(ConfigError, match="objective\\(model, guide\\), got Linear"):
@@ -395,8 +401,21 @@ class TestTheModule:
 
     def test_it_takes_tensors_and_plain_values(self) -> None:
         loss, x = pair()
-        with pytest.raises(ConfigError, match="got ndarray"):
+        with pytest.raises(ConfigError, match="got ndarray: pass torch"):
             pv.compile(loss, x.numpy(), backend="eager")
+        with pytest.raises(ConfigError, match="got range: have the program hold it"):
+            pv.compile(loss, x, range(3), backend="eager")
+
+    def test_a_number_that_is_none_is_one_program(self) -> None:
+        def model(x: Tensor, by: float) -> None:
+            pyro.factor("x", x.sum() * math.copysign(1.0, by))
+
+        compiled = pv.compile(Trace_ELBO()(model, lambda x, by: None), backend="eager")
+        for by in (math.nan, float("nan"), 0.0, 0.0):
+            compiled(torch.ones(3), by)
+        assert programs(compiled) == 2
+        compiled(torch.ones(3), -0.0)
+        assert programs(compiled) == 3
 
 
 def program(body: Callable[[Tensor], Any]) -> nn.Module:
@@ -569,6 +588,50 @@ class TestWhatCannotBeCompiled:
 
         with pytest.raises(CompileError, match="it asks for the value of a tensor"):
             pv.compile(program(rows), torch.ones(3), backend="eager")
+
+    @pytest.mark.parametrize(
+        "pick",
+        [
+            lambda x: x[torch.arange(3) != 1],
+            lambda x: x[[True, False, True]],
+            lambda x: x.expand(4, 3)[1:, torch.ones(3) > 0].sum(0),
+            lambda x: x.expand(2, 3)[torch.tensor([[True, False, True], [False, True, False]])],
+            lambda x: x[torch.zeros(3) > 0],
+            lambda x: torch.cat([x, x[torch.ones(3).copysign(torch.tensor(-1.0)) < 0]]),
+        ],
+        ids=["sizes", "list", "beside a slice", "two dimensions", "nothing", "all"],
+    )
+    def test_a_mask_that_is_the_same_in_every_run(self, pick: Any) -> None:
+        loss, x = program(lambda x: pick(x).sum()), torch.randn(3)
+        agree(loss, pv.compile(loss, x, backend="eager"), x)
+        agree(loss, pv.compile(loss, x, backend="aot_eager"), x)
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            lambda x: torch.rand(3) > 0.5,
+            lambda x: torch.zeros(3).copy_(x) > 0,
+            lambda x: torch.zeros(3).uniform_() > 0.5,
+            lambda x: torch.stack([x, torch.ones(3)])[1] > 0,
+        ],
+        ids=["drawn", "copied", "drawn in place", "beside another"],
+    )
+    def test_a_mask_that_may_vary(self, mask: Any) -> None:
+        with pytest.raises(CompileError, match="the shape of its result depends"):
+            pv.compile(program(lambda x: x[mask(x)].sum()), torch.ones(3), backend="eager")
+
+    def test_correlations(self) -> None:
+        """Pyro's LKJ takes the lower triangle by a mask."""
+
+        def model(x: Tensor) -> None:
+            root = pyro.sample("root", dist.LKJCholesky(3, 1.5))
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=root), obs=x)
+
+        guide, x = AutoNormal(model), torch.randn(5, 3)
+        guide(x)
+        loss = pv.ELBO("monte_carlo")(model, guide)
+        agree(loss, pv.compile(loss, x, backend="eager"), x)
 
     def test_one_hot_of_unknown_length(self) -> None:
         one_hot = lambda x: nn.functional.one_hot(x.long())  # noqa: E731

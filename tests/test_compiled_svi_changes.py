@@ -131,6 +131,24 @@ def a_parameter_by_another_constraint(kind: Any) -> list[Any]:
     return losses + [made.step(X) for _ in range(3)] + stored()
 
 
+def heads_in_turn(optim: Any) -> Script:
+    """Parameters that only every other step uses: momentum moves them at the others too."""
+
+    def script(kind: Any) -> list[Any]:
+        heads = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+
+        def model(x: Tensor, which: int) -> None:
+            pyro.module("heads", heads)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(heads[which](z[None])[0], 1.0), obs=x)
+
+        made = svi(kind, model, lambda x, which: guide(x), optim())
+        return [made.step(X, i % 2) for i in range(6)] + stored()
+
+    return script
+
+
 def a_gradient_hook(kind: Any) -> list[Any]:
     made = svi(kind)
     found = [made.step(X)]
@@ -165,6 +183,20 @@ def test_a_script(script: Script) -> None:
         pyro.set_rng_seed(0)
         found.append([torch.as_tensor(value) for value in script(kind)])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        lambda: pyro.optim.Adam({"lr": 0.05}),
+        lambda: pyro.optim.SGD({"lr": 0.01, "momentum": 0.9}),
+        lambda: pyro.optim.SGD({"lr": 0.01, "weight_decay": 0.1}),
+        lambda: pyro.optim.ClippedAdam({"lr": 0.05, "clip_norm": 1.0}),
+    ],
+    ids=["Adam", "momentum", "decay", "ClippedAdam"],
+)
+def test_a_parameter_that_a_step_does_not_use(optim: Any) -> None:
+    test_a_script(heads_in_turn(optim))
 
 
 class Settings:

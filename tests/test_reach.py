@@ -1,6 +1,9 @@
 """What a program reaches: whatever of it changes, the compiled loss is the eager one again."""
 
+import collections
 import dataclasses
+import fractions
+import functools
 import types
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,8 +16,10 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
+from torch.distributions import AffineTransform, ComposeTransform
 
 import pyro_vae as pv
 from pyro_vae.programs import modules_of
@@ -246,9 +251,169 @@ CHANGES = {
 }  # fmt: skip
 
 
+class Special:
+    """Says what it holds to syntax that names no method."""
+
+    def __init__(self) -> None:
+        self._hidden = 1.0
+
+    def __getitem__(self, key: Any) -> float:
+        return self._hidden
+
+    def __float__(self) -> float:
+        return self._hidden
+
+    def __len__(self) -> int:
+        return int(self._hidden)
+
+    def __iter__(self) -> Any:
+        return iter([self._hidden])
+
+    def __mul__(self, other: float) -> float:
+        return self._hidden * other
+
+    def __enter__(self) -> float:
+        return self._hidden
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def __contains__(self, key: Any) -> bool:
+        return self._hidden > 1.5
+
+    def __eq__(self, other: object) -> bool:
+        return self._hidden > 1.5
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Configuration:
+    def __init__(self) -> None:
+        self._store = {"beta": 1.0}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._store[name]
+
+
+class Asking(Special):
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, "_hidden" if name == "beta" else name)
+
+
+class Doubled:
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return instance._hidden
+
+
+class Described(Special):
+    beta = Doubled()
+
+    def times(self, factor: float) -> float:
+        return self._hidden * factor
+
+    once = functools.partialmethod(times, 1.0)
+
+    @functools.singledispatchmethod
+    def of(self, kind: Any) -> float:
+        return self._hidden
+
+    @functools.cached_property
+    def kept(self) -> float:
+        return self._hidden
+
+
+def entered(settings: Any) -> Any:
+    with settings as value:
+        return value
+
+
+def hidden_2(settings: Any) -> None:
+    settings._hidden = 2.0
+
+
+SYNTAX: dict[str, Callable[[Any], Any]] = {
+    "x[i]": lambda s: s[0], "float(x)": float, "len(x)": len, "iteration": sum,
+    "x * 1": lambda s: s * 1.0, "with x": entered, "i in x": lambda s: 2.0 if 1 in s else 1.0,
+    "x == 1": lambda s: 2.0 if s == 1 else 1.0, "a descriptor": lambda s: s.beta,
+    "a partial method": lambda s: s.once(), "a method by type": lambda s: s.of(1),
+}  # fmt: skip
+CHANGES |= {
+    name: from_settings(Described, lambda read=read: read(SETTINGS), hidden_2)
+    for name, read in SYNTAX.items()
+}
+CHANGES |= {
+    "a cached property": from_settings(
+        Described, lambda: SETTINGS.kept, lambda s: vars(s).update(kept=2.0)
+    ),
+    "__getattr__": from_settings(
+        Configuration, lambda: SETTINGS.beta, lambda s: s._store.update(beta=2.0)
+    ),
+    "__getattribute__": from_settings(Asking, lambda: SETTINGS.beta, hidden_2),
+    "a set": from_settings(lambda: {1.0}, lambda: sum(SETTINGS), lambda s: s.add(2.0)),
+    "a deque": from_settings(
+        lambda: collections.deque([1.0], maxlen=1), lambda: SETTINGS[0], lambda s: s.append(2.0)
+    ),
+    "a user's dictionary": from_settings(
+        lambda: collections.UserDict(b=1.0), lambda: SETTINGS["b"], item_2("b")
+    ),
+    "within a numpy array": from_settings(
+        lambda: np.ones(3), lambda: torch.tensor(SETTINGS[1]), item_2(1)
+    ),
+    "what a partial was given": from_settings(
+        lambda: functools.partial(lambda b: b, b=1.0), lambda: SETTINGS(),
+        lambda s: s.keywords.update(b=2.0),
+    ),
+    "a fraction": from_settings(
+        lambda: fractions.Fraction(1), lambda: float(SETTINGS), replace(fractions.Fraction(2))
+    ),
+    "a slice": from_settings(
+        lambda: slice(1), lambda: torch.ones(3)[SETTINGS].sum(), replace(slice(2))
+    ),
+    "a distribution": from_settings(
+        lambda: torch.distributions.Normal(0.0, 1.0), lambda: SETTINGS.scale,
+        replace(torch.distributions.Normal(0.0, 2.0)),
+    ),
+    "within a distribution": from_settings(
+        lambda: dist.Normal(0.0, 1.0), lambda: SETTINGS.scale,
+        lambda s: setattr(s, "scale", torch.tensor(2.0)),
+    ),
+    "a transform": from_settings(
+        lambda: AffineTransform(0.0, 1.0), lambda: SETTINGS(torch.tensor(1.0)),
+        lambda s: setattr(s, "scale", 2.0),
+    ),
+    "a part of a transform": from_settings(
+        lambda: ComposeTransform([AffineTransform(0.0, 1.0)]), lambda: SETTINGS(torch.tensor(1.0)),
+        lambda s: s.parts.__setitem__(0, AffineTransform(0.0, 2.0)),
+    ),
+    "the type of a number": from_settings(
+        lambda: (1.0, 1), lambda: 2.0 if isinstance(SETTINGS[1], bool) else 1.0,
+        replace((1.0, True)),
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_seen(name: str) -> None:
-    model, change = CHANGES[name]()
+    check_that_it_is_seen(*CHANGES[name](), guide)
+
+
+def test_how_a_site_is_reparametrised_is_seen() -> None:
+    kind = LocScaleReparam(centered=0.2)
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.3, 2.0))
+        pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(1), obs=x)
+
+    def decentered(x: Tensor) -> None:
+        pyro.sample("z_decentered", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.5))
+
+    reparametrised = poutine.reparam(model, config={"z": kind})
+    check_that_it_is_seen(reparametrised, lambda: setattr(kind, "centered", 0.8), decentered)
+
+
+def check_that_it_is_seen(model: Any, change: Change, guide: Any) -> None:
     objective, x = pv.ELBO("monte_carlo"), torch.linspace(-1, 1, 4)
     compiled = pv.compile(objective(model, guide), x, backend="eager")
 

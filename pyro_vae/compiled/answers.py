@@ -138,7 +138,33 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
 
 
-_REPLACED = {torch.nn.functional.one_hot: _one_hot}
+def _indexed(tensor: Tensor, index: Any) -> Tensor:
+    """`tensor[index]`, where a mask is given by the numbers of its entries: one that varies has
+    been refused when the run was recorded, and of the others the shape is known."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(map(_is_mask, parts)):
+        return tensor[index]
+    spread = (p for part in parts for p in (_entries(part) if _is_mask(part) else (part,)))
+    return tensor[tuple(spread)]
+
+
+def _is_mask(part: Any) -> bool:
+    if isinstance(part, list):
+        return bool(part) and all(isinstance(entry, bool) for entry in part)
+    return isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) and part.dim() > 0
+
+
+def _entries(mask: Tensor | list[bool]) -> list[Tensor]:
+    with disable_proxy_modes_tracing():
+        mask = torch.as_tensor(mask)
+        places = mask.nonzero().T.tolist()
+    return [torch.tensor(numbers, dtype=torch.long, device=mask.device) for numbers in places]
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.one_hot: _one_hot,
+    Tensor.__getitem__: _indexed,
+}
 _ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
 
 

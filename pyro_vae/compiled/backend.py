@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,8 +55,9 @@ def inductor(
     if on_cpu:
         keep_freed_memory()
     with warnings.catch_warnings():
-        # of torch's own use of torch.jit
+        # of torch's use of its own
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*_prims_common.check", category=FutureWarning)
         from torch._inductor.compile_fx import compile_fx
 
         from pyro_vae.compiled import convolutions, matmul
@@ -84,7 +86,7 @@ def inductor(
         mode = FakeTensorMode(shape_env=ShapeEnv())
         fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
         try:
-            with _drawn_whole(), tracing(TracingContext(mode)):
+            with _drawn_whole(), _shims_unmentioned(), tracing(TracingContext(mode)):
                 return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
         except Exception as error:
             said = _said(error)
@@ -98,6 +100,18 @@ def _said(error: Exception) -> str:
         return lines[0]
     told = next((line for line in lines if "error:" in line), lines[0])
     return f"{told} (on a CPU it needs a working C++ compiler, g++ or clang++)"
+
+
+@contextmanager
+def _shims_unmentioned() -> Iterator[None]:
+    """Without a line of log for each operation that C++ calls by way of torch's dispatcher."""
+    log = logging.getLogger("torch._inductor.ir")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
@@ -70,6 +70,11 @@ class Fused:
             raise CompileError(
                 f"a compiled program does not see the effect handlers around its call ({names}): "
                 "put them inside the model or guide"
+            )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CompileError(
+                "a compiled loss knows its gradient already, and no transform of torch.func: take "
+                "that of the eager loss, or the gradient with autograd"
             )
         leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -197,8 +202,12 @@ class _Differentiable(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise CompileError(
+                "a compiled loss can be differentiated once: it holds its gradient, and not how "
+                "that depends on the parameters. Take a penalty of the gradient of the eager loss"
+            )
         gradients = ctx.saved_tensors
         if scale.device.type != "cpu" or scale.item() != 1.0:
             gradients = [gradient * scale for gradient in gradients]
@@ -217,10 +226,15 @@ def _describe(leaf: Any) -> Any:
             )
         return signature(leaf)
     if isinstance(leaf, _PLAIN):
-        return type(leaf), leaf
+        return type(leaf), repr(leaf)  # NaN is not equal to itself, and -0.0 is to 0.0
+    remedy = (
+        "pass torch.as_tensor of it"
+        if isinstance(leaf, np.ndarray | np.generic)
+        else ("have the program hold it, as an attribute or a global")
+    )
     raise ConfigError(
         f"a compiled program takes tensors, numbers and strings, and lists, tuples and "
-        f"dictionaries of these, got {type(leaf).__name__}: pass torch.as_tensor of an array"
+        f"dictionaries of these, got {type(leaf).__name__}: {remedy}"
     )
 
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from operator import call, getitem
-from types import CodeType
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
 
 from pyro_vae import held, reach
 from pyro_vae.compiled.update import KEPT, AdamUpdate
@@ -86,11 +83,11 @@ class Territory:
         return [*reach.reach(self._roots).places, *_stored(), *self._moments()]
 
     def frozen(self) -> list[tuple[AnyPlace, Any]]:
-        """What a graph takes for granted: Python values, functions, arrays of numpy, and the
-        objects that hold others; of these, that they are the same objects."""
-        found = reach.reach(self._roots)
-        held = [(p, p.get()) for p in (*found.places, *_constraints())]
-        return [(p, v) for p, v in held if id(v) in found.structure or _is_granted(v)]
+        """What a graph takes for granted: Python's values, and that objects of any other kind are
+        the same ones."""
+        places = (*reach.reach(self._roots).places, *_constraints())
+        held = [(place, place.get()) for place in places]
+        return [(p, v) for p, v in held if not isinstance(v, Tensor)]
 
     def changing(self) -> list[tuple[Tensor, AnyPlace]]:
         """The tensors that a run may change: the modules' buffers, and what the update updates."""
@@ -129,14 +126,14 @@ def _constraints() -> Iterator[Place]:
         yield Place(store, "_constraints", key, f'the constraint of pyro.param("{key}")')
 
 
-def _is_granted(value: Any) -> bool:
-    kinds = (np.ndarray, Constraint, CodeType)
-    return is_constant(value) or callable(value) or isinstance(value, kinds)
-
-
 def same(now: Any, then: Any) -> bool:
-    """Whether what was taken for granted still holds: the same object, or an equal Python value."""
-    return now is then or (type(now) is type(then) and is_constant(now) and now == then)
+    """Whether what was taken for granted still holds: the same object, or a Python value that reads
+    the same, or a tuple of such."""
+    if now is then or type(now) is not type(then):
+        return now is then
+    if is_constant(now):
+        return repr(now) == repr(then)
+    return type(now) is tuple and len(now) == len(then) and all(map(same, now, then))
 
 
 def tensors_at(places: Iterable[AnyPlace]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest, comparable
 from pyro_vae.compiled.look import Look
-from pyro_vae.compiled.places import AnyPlace, Moment, Territory, same
+from pyro_vae.compiled.places import AnyPlace, Moment, Territory, same, tensors
 from pyro_vae.compiled.record import (
     Recording,
     Run,
@@ -54,7 +54,7 @@ class Program:
     Attributes:
         arguments: which of the graph's inputs are arguments of the call; `handed`, which arguments.
         static: what the program returned besides tensors, where a tensor among it stands for the
-            number of the graph's input that it is (None if it is no input).
+            number of the graph's input that it is, or for the place where it is found.
         device: of the inputs, a GPU if any is there.
         checked: whether it could be held against the eager run: whether that was finite, or
             infinite alike.
@@ -87,7 +87,10 @@ class Program:
         self._granted = [recording.frozen[n][1] for n in self._look.order]
         self._look_up = _LookUp(self._sources, [inputs[i] for i in used])
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
-        self.static = tree_map_only(Tensor, lambda t: positions.get(id(t)), self.static)
+        found = tensors(territory.places())
+        self.static = tree_map_only(
+            Tensor, lambda t: positions.get(id(t), found.get(id(t))), self.static
+        )
         self._wanted = [positions[id(t)] for t in wanted]
         self._num_outputs = len(recording.outputs)
         traced = time.perf_counter()

@@ -24,6 +24,7 @@ class Recorder(TorchDispatchMode):
         self._versions: dict[int, int] = {}
         self._made = WeakTensorKeyDictionary()
         self._memory: set[int] = set()  # that operations allocated
+        self._fixed: set[int] = set()  # that holds what no input and no draw has a part in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -34,6 +35,7 @@ class Recorder(TorchDispatchMode):
             )
         if func is torch.ops.aten.lift_fresh.default:  # a literal: torch.tensor(2.0)
             self._made[args[0]] = True
+            self._fixed.add(_memory_of(args[0]))
         given = set()
         for value in tree_iter((args, kwargs)):
             if isinstance(value, Tensor):
@@ -44,7 +46,7 @@ class Recorder(TorchDispatchMode):
                     self._versions.setdefault(id(value), value._version)
         if (
             torch.Tag.dynamic_output_shape in func.tags
-            and not _is_plain_indexing(func, args)
+            and not self._is_of_known_shape(func, args)
             and caller() != ENUMERATION  # traced without, see `answers`
         ):
             raise CompileError(
@@ -52,6 +54,7 @@ class Recorder(TorchDispatchMode):
                 f"of a tensor. {REMEDY}."
             )
         out = func(*args, **kwargs)
+        self._note_fixed(func, given, out)
         for value in tree_iter(out):
             # an in-place operation returns the tensor it was given
             if isinstance(value, Tensor) and id(value) not in self.inputs:
@@ -60,6 +63,23 @@ class Recorder(TorchDispatchMode):
                     self._memory.add(_memory_of(value))
         return out
 
+    def _is_of_known_shape(self, func: Any, args: Any) -> bool:
+        """Whether this is `x[indices]` by numbers, or by masks that are the same in every run."""
+        return func is torch.ops.aten.index.Tensor and not any(
+            index is not None and index.dtype in (torch.bool, torch.uint8)
+            and _memory_of(index) not in self._fixed
+            for index in args[1]
+        )  # fmt: skip
+
+    def _note_fixed(self, func: Any, given: set[int], out: Any) -> None:
+        touched = {_memory_of(value) for value in tree_iter(out) if isinstance(value, Tensor)}
+        if func._schema.is_mutable:
+            touched |= given
+        if given <= self._fixed and torch.Tag.nondeterministic_seeded not in func.tags:
+            self._fixed |= touched
+        else:
+            self._fixed -= touched
+
     def changed(self, tensor: Tensor) -> bool:
         """Whether this input was changed in place."""
         return tensor._version != self._versions[id(tensor)]
@@ -67,10 +87,3 @@ class Recorder(TorchDispatchMode):
 
 def _memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
-def _is_plain_indexing(func: Any, args: Any) -> bool:
-    """Whether this is `x[indices]` by numbers, whose shape is known, not by a mask."""
-    return func is torch.ops.aten.index.Tensor and not any(
-        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-    )
