@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae, weighed
+from pyro.distributions.transforms import Spline
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
@@ -619,6 +620,26 @@ class TestWhatCannotBeCompiled:
     def test_a_mask_that_may_vary(self, mask: Any) -> None:
         with pytest.raises(CompileError, match="the shape of its result depends"):
             pv.compile(program(lambda x: x[mask(x)].sum()), torch.ones(3), backend="eager")
+
+    @pytest.mark.parametrize("order", ["linear", "quadratic"])
+    @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+    def test_splines(self, order: str, inverse: bool) -> None:
+        """Pyro's select what lies outside of their bounds, and some of this does."""
+        spline = Spline(3, count_bins=4, bound=1.0, order=order)
+        x = 2 * torch.randn(3)
+
+        def body(x: Tensor) -> Tensor:
+            spline.clear_cache()
+            z = x + pyro.param("loc", torch.tensor(0.5))
+            y = spline.inv(z) if inverse else spline(z)
+            volume = spline.inv.log_abs_det_jacobian if inverse else spline.log_abs_det_jacobian
+            return y + volume(z, y)
+
+        loss = program(body)
+        compiled = pv.compile(loss, x, backend="eager")
+        for scale in (1.0, 0.1, 3.0):  # others are outside
+            agree(loss, compiled, scale * x)
+        assert programs(compiled) == 1
 
     def test_correlations(self) -> None:
         """Pyro's LKJ takes the lower triangle by a mask."""

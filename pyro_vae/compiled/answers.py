@@ -161,6 +161,17 @@ def _entries(mask: Tensor | list[bool]) -> list[Tensor]:
     return [torch.tensor(numbers, dtype=torch.long, device=mask.device) for numbers in places]
 
 
+def _outside(tensor: Tensor, index: Any) -> Tensor:
+    """In a spline, what lies outside of its bounds: all, of which `_write_outside` will choose."""
+    return tensor if _is_mask(index) else _indexed(tensor, index)
+
+
+def _write_outside(tensor: Tensor, index: Any, value: Any) -> None:
+    if _is_mask(index) and isinstance(value, Tensor):
+        value, index = torch.where(index, value, tensor), ...
+    tensor[index] = value
+
+
 _REPLACED: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.one_hot: _one_hot,
     Tensor.__getitem__: _indexed,
@@ -169,6 +180,9 @@ _ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
 
 
 ENUMERATION = ("pyro.infer.util", "compute_expectation")
+SPLINE = ("pyro.distributions.transforms.spline", "_monotonic_rational_spline")
+# they select by value, which an answer here does without
+SELECTING = (ENUMERATION, SPLINE)
 # by function, and by module and name of who calls it
 _ANSWERS: dict[tuple[Any, str, str], Callable[..., Any]] = {
     (Tensor.item, "pyro.infer.util", "torch_item"): Tensor.detach,
@@ -176,6 +190,9 @@ _ANSWERS: dict[tuple[Any, str, str], Callable[..., Any]] = {
     (Tensor.register_hook, "pyro.util", "warn_if_nan"): lambda *_: None,
     (Tensor.__bool__, *ENUMERATION): lambda _: True,
     (torch.tensordot, "pyro.infer.util", "_fulldot"): _expectation,
+    (Tensor.__getitem__, *SPLINE): _outside,
+    (Tensor.__setitem__, *SPLINE): _write_outside,
+    (Tensor.__bool__, *SPLINE): lambda _: True,  # an assertion
     (Tensor.__bool__, "pyro_vae.programs", "equal"): _alike,
     (Tensor.__bool__, "pyro.util", "warn_if_nan"): lambda _: False,
     # distributions made with validate_args=True

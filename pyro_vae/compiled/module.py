@@ -28,14 +28,13 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     come out of the same graph as the loss), and its parameters and `state_dict` are those of
     `objective(model, guide)`. Every call draws afresh, and draws what the eager loss would draw.
 
-    The programs must have static structure. (Pyro's spline transforms do not: they select by
-    value.) The tensors they use may change in place, and those in modules, other objects, lists and
-    dictionaries, Pyro's store, closures and globals may be replaced as well. A Python number there
-    that changes, an object that is replaced, and another argument that is no tensor are another
-    program, compiled at the next call. So are the entries of containers and of arrays of numpy, of
-    up to 64; those of longer ones stay what they are at the first call, and so does what comes from
-    the environment, an iterator or a clock. (Which is refused where it shows: two runs on the same
-    draws must say the same.)
+    The programs must have static structure. The tensors they use may change in place, and those in
+    modules, other objects, lists and dictionaries, Pyro's store, closures and globals may be
+    replaced as well. A Python number there that changes, an object that is replaced, and another
+    argument that is no tensor are another program, compiled at the next call. So are the entries of
+    containers and of arrays of numpy, of up to 64; those of longer ones stay what they are at the
+    first call, and so does what comes from the environment, an iterator or a clock. (Which is
+    refused where it shows: two runs on the same draws must say the same.)
 
     What a program leaves in Python (an attribute that holds its last draw) is left when it is
     compiled and not again. Parameters that it makes at first use are made then too, and the

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_vae.compiled.answers import ENUMERATION
+from pyro_vae.compiled.answers import SELECTING
 from pyro_vae.compiled.where import REMEDY, caller, where_now
 from pyro_vae.errors import CompileError
 
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
         if (
             torch.Tag.dynamic_output_shape in func.tags
             and not self._is_of_known_shape(func, args)
-            and caller() != ENUMERATION  # traced without, see `answers`
+            and caller() not in SELECTING
         ):
             raise CompileError(
                 f"{where_now()} cannot be compiled: the shape of its result depends on the values "
