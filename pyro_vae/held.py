@@ -13,6 +13,8 @@ import torch
 CONSTANTS = (
     bool, int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device,
 )  # fmt: skip
+# what is at a place where nothing is; a None there is something
+ABSENT: Any = object()
 # a function of C and its arguments: what `get` does, for who does it at every step
 Reading = tuple[Callable[..., Any], tuple[Any, ...]]
 _CONTENTS = attrgetter("cell_contents")
@@ -34,8 +36,8 @@ class Place(NamedTuple):
     label: str
 
     def get(self) -> Any:
-        """What is there now; None where the entry has gone."""
-        return getattr(self.owner, self.table).get(self.key)
+        """What is there now; `ABSENT` where there is no such entry."""
+        return getattr(self.owner, self.table).get(self.key, ABSENT)
 
     def reading(self) -> Reading:
         """`get`, for as long as the owner keeps its dictionary; a LookupError once an entry that is
@@ -73,13 +75,13 @@ class Item(NamedTuple):
     label: str
 
     def get(self) -> Any:
-        """What is there now; None where the entry has gone."""
+        """What is there now; `ABSENT` where the entry has gone."""
         if isinstance(self.container, dict):  # of which one may make what is missing
-            return dict.get(self.container, self.key)
+            return dict.get(self.container, self.key, ABSENT)
         try:
             return self.container[self.key]
         except LookupError:
-            return None
+            return ABSENT
 
     def reading(self) -> Reading:
         """`get`; a LookupError once the entry has gone."""
@@ -124,7 +126,7 @@ class Values(NamedTuple):
 
     def get(self) -> Any:
         """The numbers now."""
-        return self.array.tobytes()
+        return np.ndarray.tobytes(self.array)
 
     def reading(self) -> Reading:
         """`get`."""
@@ -154,7 +156,7 @@ def _entry(container: Any, key: Any) -> Reading:
     """`get` of an entry; of one that is there now, a LookupError once it has gone."""
     for kind in (dict, MappingProxyType):
         if isinstance(container, kind) and not (key in container and _is_plain(container, kind)):
-            return kind.get, (container, key)
+            return kind.get, (container, key, ABSENT)
     return getitem, (container, key)
 
 

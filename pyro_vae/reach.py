@@ -38,20 +38,24 @@ _PLAIN_BASES = {"Module", "PyroModule", "object", "ABC", "Generic", "Protocol"}
 _RECORDS = types.SimpleNamespace | argparse.Namespace | UserDict | UserList | ChainMap
 # of the libraries' objects, those whose attributes a program's numbers are kept in
 _OPEN = ELBO | Messenger | ReparamHandler | Reparam | Distribution | Transform | _RECORDS
-# methods that no running program calls, or that say nothing of its numbers; the other special ones
-# are called by syntax, which names none (`a[i]`, `with a`, `float(a)`)
-_UNCALLED = frozenset(
+# what makes an instance: of a class that code names
+_CONSTRUCTORS = ("__new__", "__init__", "__post_init__")
+# Python calls the special methods for syntax that names none (`a[i]`, `with a`, `float(a)`), but
+# these only to make, show, copy or keep an object
+_ASIDE = frozenset(_CONSTRUCTORS) | {
     f"__{name}__" for name in (
-        "init", "new", "del", "post_init", "init_subclass", "class_getitem", "set_name", "repr",
-        "dir", "hash", "sizeof", "copy", "deepcopy", "reduce", "reduce_ex", "getstate", "setstate",
-        "getnewargs", "getnewargs_ex", "setattr", "delattr", "setitem", "delitem", "set", "delete",
+        "del", "init_subclass", "class_getitem", "set_name", "repr", "dir", "hash", "sizeof",
+        "copy", "deepcopy", "reduce", "reduce_ex", "getstate", "setstate", "getnewargs",
+        "getnewargs_ex",
     )
-)  # fmt: skip
-# by which code finds what it does not name
-_LOOKUPS = {
-    "getattr", "hasattr", "vars", "__dict__", "asdict", "attrgetter", "eval", "exec",
-    "__getattribute__",
 }  # fmt: skip
+# an attribute that is asked for by its name, which the code that asks has
+_BY_NAME = ("__getattr__", "__getattribute__", "__setattr__", "__delattr__")
+_WRITES = ("STORE_ATTR", "DELETE_ATTR")
+# what transforms remember of their last call
+_REMEMBERED = ("_cached_x_y", "_inv")
+# by which code finds what it does not name
+_LOOKUPS = {"getattr", "hasattr", "vars", "__dict__", "asdict", "attrgetter", "eval", "exec"}
 # of a list, a dictionary, a set or an array; the entries of a longer one are not watched
 LONGEST = 64
 
@@ -168,7 +172,7 @@ class _Search:
             return self._container
         if isinstance(thing, set | frozenset):
             return self._set
-        if isinstance(thing, np.ndarray):
+        if type(thing) is np.ndarray:
             return self._array
         if isinstance(thing, type):
             return self._class if _is_users(thing.__module__) else None
@@ -221,7 +225,7 @@ class _Search:
 
     def _class(self, cls: type, label: str) -> None:
         for key, value in list(vars(cls).items()):
-            special = callable(value) and _is_special(key)
+            special = callable(value) and _is_special(cls, key)
             if key == "forward" or special or self._names.includes(key):
                 self._hold(Place(cls, "__dict__", key, f"{label}.{key}"))
                 for part in _functions(value):
@@ -241,7 +245,8 @@ class _Search:
         for part in ("__code__", "__defaults__", "__kwdefaults__"):
             self._hold(Slot(function, part, f"{label}.{part}"))
         names = _names(function.__code__)
-        self._names.read.update(names.attributes)
+        by_name = function.__name__ in _BY_NAME
+        self._names.read.update(names.attributes - _LOOKUPS if by_name else names.attributes)
         self._names.asked.update(names.asked)
         for name in sorted(names.variables):
             if name in function.__globals__:
@@ -267,8 +272,9 @@ class _Search:
             self._hold(Item(container, key, f"{label}[{key!r}]"))
 
     def _set(self, things: Any, label: str) -> None:
-        if len(things) <= LONGEST:
-            self.places.append(Members(things, label))
+        if len(things) > LONGEST:
+            return
+        self.places.append(Members(things, label))
         for thing in list(things):
             self._visit(thing, label)
 
@@ -283,10 +289,20 @@ class _Search:
 
     def _hold(self, place: AnyPlace, name: str = "") -> None:
         self.places.append(place)
-        self._visit(place.get(), name or place.label)
+        thing = place.get()
+        self._visit(thing, name or place.label)
+        if isinstance(thing, type) and name != "__class__":  # which `super()` asks for
+            self._constructors(thing)
+
+    def _constructors(self, cls: type) -> None:
+        for base in _bases(cls):
+            for key in _CONSTRUCTORS:
+                self._visit(vars(base).get(key), f"{base.__qualname__}.{key}")
 
     def _counts(self, cls: type, key: str) -> bool:
         """Whether some code may read this attribute of an instance of the class."""
+        if issubclass(cls, Transform) and key in _REMEMBERED:
+            return False
         records = issubclass(cls, _RECORDS) or dataclasses.is_dataclass(cls)
         return records or _has_foreign_code(cls) or self._names.includes(key)
 
@@ -321,9 +337,20 @@ def _functions(value: Any) -> Iterator[Any]:
         yield from value.dispatcher.registry.values()
 
 
-def _is_special(key: str) -> bool:
-    """Whether Python calls a method of this name for syntax that does not name it."""
-    return key.startswith("__") and key.endswith("__") and key not in _UNCALLED
+def _is_special(cls: type, key: str) -> bool:
+    """Whether Python calls a method of this name for syntax that does not name it; of a class that
+    is installed, `__call__` alone (its code would lead through all of a library)."""
+    if key == "__call__":
+        return True
+    special = key.startswith("__") and key.endswith("__") and key not in _ASIDE
+    return special and not _is_installed(cls.__module__)
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    """Whether a module comes from where packages are installed."""
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
 
 
 def _slots(cls: type) -> Iterable[str]:
@@ -345,7 +372,7 @@ def _names(code: CodeType) -> _Code:
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             variables.add(instruction.argval)
-        elif instruction.opcode in dis.hasname:
+        elif instruction.opcode in dis.hasname and instruction.opname not in _WRITES:
             attributes.add(instruction.argval)
     attributes |= variables & _LOOKUPS
     if variables & {"getattr", "hasattr"}:

@@ -441,6 +441,7 @@ class TestWhatCannotBeCompiled:
             (lambda x: x * float(x[0]), r"float\(x\[0\]\)"),
             (lambda x: x.numpy().sum(), r"x\.numpy\(\)"),
             (lambda x: x.tolist(), r"x\.tolist\(\)"),
+            (lambda x: np.from_dlpack(x).sum(), r"np\.from_dlpack\(x\)"),
             (lambda x: x[x > 0], "x > 0"),
         ],
     )
@@ -573,14 +574,12 @@ class TestWhatCannotBeCompiled:
     def test_the_line_is_the_programs(self) -> None:
         """Where no line of the model's is to blame, one of the library, and not who compiles."""
 
-        def spline(x: Tensor) -> None:
+        def masked(x: Tensor) -> None:
             pyro.sample("z", dist.Normal(0.0, 1.0))
-            base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
-            flow = dist.TransformedDistribution(base, [dist.transforms.Spline(3)])
-            pyro.sample("x", flow, obs=x)
+            pyro.sample("x", dist.NanMaskedMultivariateNormal(torch.zeros(3), torch.eye(3)), obs=x)
 
-        loss = pv.ELBO()(spline, program(torch.sum).guide)
-        with pytest.raises(CompileError, match=r"spline\.py.*cannot be compiled"):
+        loss = pv.ELBO()(masked, program(torch.sum).guide)
+        with pytest.raises(CompileError, match=r"nanmasked\.py.*cannot be compiled"):
             pv.compile(loss, torch.ones(3), backend="eager")
 
     def test_a_subsampled_plate_row_by_row(self) -> None:
@@ -595,12 +594,13 @@ class TestWhatCannotBeCompiled:
         [
             lambda x: x[torch.arange(3) != 1],
             lambda x: x[[True, False, True]],
+            lambda x: x[np.array([True, False, True])],
             lambda x: x.expand(4, 3)[1:, torch.ones(3) > 0].sum(0),
             lambda x: x.expand(2, 3)[torch.tensor([[True, False, True], [False, True, False]])],
             lambda x: x[torch.zeros(3) > 0],
             lambda x: torch.cat([x, x[torch.ones(3).copysign(torch.tensor(-1.0)) < 0]]),
         ],
-        ids=["sizes", "list", "beside a slice", "two dimensions", "nothing", "all"],
+        ids=["sizes", "list", "array", "beside a slice", "two dimensions", "nothing", "all"],
     )
     def test_a_mask_that_is_the_same_in_every_run(self, pick: Any) -> None:
         loss, x = program(lambda x: pick(x).sum()), torch.randn(3)

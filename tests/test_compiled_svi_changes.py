@@ -199,6 +199,24 @@ def test_a_parameter_that_a_step_does_not_use(optim: Any) -> None:
     test_a_script(heads_in_turn(optim))
 
 
+def test_a_parameter_that_has_gone() -> None:
+    found = []
+    for kind in (SVI, pv.CompiledSVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        unused = nn.Linear(1, 1)
+
+        def model(x: Tensor, unused: Any = unused) -> None:
+            pyro.module("unused", unused)
+            normal(x)
+
+        made = svi(kind, model)
+        losses = [made.step(X)]
+        unused.bias = None  # type: ignore[assignment]
+        found.append(losses + [made.step(X) for _ in range(2)])
+    assert found[0] == pytest.approx(found[1])
+
+
 class Settings:
     def __init__(self, factor: float) -> None:
         self.factor = factor

@@ -14,12 +14,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
-from torch.distributions import AffineTransform, ComposeTransform
+from torch.distributions import AffineTransform, ComposeTransform, ExpTransform
 
 import pyro_vae as pv
 from pyro_vae.programs import modules_of
@@ -297,11 +298,6 @@ class Configuration:
         return self._store[name]
 
 
-class Asking(Special):
-    def __getattribute__(self, name: str) -> Any:
-        return object.__getattribute__(self, "_hidden" if name == "beta" else name)
-
-
 class Doubled:
     def __get__(self, instance: Any, owner: Any) -> Any:
         return instance._hidden
@@ -343,14 +339,44 @@ CHANGES |= {
     name: from_settings(Described, lambda read=read: read(SETTINGS), hidden_2)
     for name, read in SYNTAX.items()
 }
+
+
+class Scaled(dist.Normal):
+    """Made anew by the program, of a global."""
+
+    def __init__(self, loc: Any) -> None:
+        super().__init__(loc, SETTINGS)
+
+
+class Box(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value * SETTINGS)
+
+
+def boxed() -> Any:
+    box = Box()
+    box["b"] = 1.0
+    return box["b"]
+
+
+class Defaulted:
+    beta: Any = 2.0
+
+
 CHANGES |= {
+    "a global that a constructor reads": from_settings(
+        lambda: 1.0, lambda: Scaled(0.0).scale, replace(2.0)
+    ),
+    "a global that an assignment reads": from_settings(lambda: 1.0, boxed, replace(2.0)),
+    "a None that hides a default": from_settings(
+        Defaulted, lambda: SETTINGS.beta or 1.0, lambda s: setattr(s, "beta", None)
+    ),
     "a cached property": from_settings(
         Described, lambda: SETTINGS.kept, lambda s: vars(s).update(kept=2.0)
     ),
     "__getattr__": from_settings(
         Configuration, lambda: SETTINGS.beta, lambda s: s._store.update(beta=2.0)
     ),
-    "__getattribute__": from_settings(Asking, lambda: SETTINGS.beta, hidden_2),
     "a set": from_settings(lambda: {1.0}, lambda: sum(SETTINGS), lambda s: s.add(2.0)),
     "a deque": from_settings(
         lambda: collections.deque([1.0], maxlen=1), lambda: SETTINGS[0], lambda s: s.append(2.0)
@@ -463,6 +489,46 @@ class TestWhatIsNotUsed:
             scope,
         )
         assert self.programs(scope["model"], lambda i: scope.update(mean=float(i))) == 1
+
+    def test_what_a_transform_remembers(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.warp = ExpTransform(cache_size=1)
+
+            def forward(self, x: Tensor) -> None:
+                scaled(lambda: self.warp(torch.tensor(0.3)))(x)
+
+        model = Model()
+        assert self.programs(model, lambda i: model.warp.inv(model.warp(torch.rand(2)))) == 1
+
+    def test_a_counter_beside_an_attribute_asked_for_by_its_name(self) -> None:
+        class Delegating:
+            def __init__(self) -> None:
+                self.inner, self.steps = Plain(1.0), 0
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.__dict__["inner"], name)
+
+        it = Delegating()
+        model = scaled(lambda: it.weight)
+        assert self.programs(model, lambda i: setattr(it, "steps", i)) == 1
+
+
+class TestWhatIsNotEntered:
+    def test_an_installed_library(self) -> None:
+        figure = Figure()
+        found = reach({"program": lambda: 1.0 if figure else 2.0})
+        assert len(found.places) < 100
+
+    def test_a_long_set(self) -> None:
+        long = set(range(LONGEST + 1))
+        assert len(reach({"program": lambda: sum(long)}).places) < 10
+
+    def test_a_masked_array(self) -> None:
+        masked = np.ma.masked_array([1.0, 2.0], mask=[True, False])
+        loss = pv.ELBO("monte_carlo")(scaled(lambda: float(masked.sum())), guide)
+        pv.compile(loss, torch.ones(4), backend="eager")
 
 
 class TestModulesOf:

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import (
@@ -150,11 +151,13 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
 
 def _is_mask(part: Any) -> bool:
     if isinstance(part, list):
-        return bool(part) and all(isinstance(entry, bool) for entry in part)
+        return bool(part) and all(isinstance(entry, bool | np.bool_) for entry in part)
+    if isinstance(part, np.ndarray):
+        return part.dtype == bool and part.ndim > 0
     return isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) and part.dim() > 0
 
 
-def _entries(mask: Tensor | list[bool]) -> list[Tensor]:
+def _entries(mask: Any) -> list[Tensor]:
     with disable_proxy_modes_tracing():
         mask = torch.as_tensor(mask)
         places = mask.nonzero().T.tolist()
@@ -176,7 +179,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.one_hot: _one_hot,
     Tensor.__getitem__: _indexed,
 }
-_ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
+_ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
 
 
 ENUMERATION = ("pyro.infer.util", "compute_expectation")

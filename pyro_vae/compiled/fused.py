@@ -227,11 +227,9 @@ def _describe(leaf: Any) -> Any:
         return signature(leaf)
     if isinstance(leaf, _PLAIN):
         return type(leaf), repr(leaf)  # NaN is not equal to itself, and -0.0 is to 0.0
-    remedy = (
-        "pass torch.as_tensor of it"
-        if isinstance(leaf, np.ndarray | np.generic)
-        else ("have the program hold it, as an attribute or a global")
-    )
+    remedy = "have the program hold it, as an attribute or a global"
+    if isinstance(leaf, np.ndarray | np.generic):
+        remedy = "pass torch.as_tensor of it"
     raise ConfigError(
         f"a compiled program takes tensors, numbers and strings, and lists, tuples and "
         f"dictionaries of these, got {type(leaf).__name__}: {remedy}"

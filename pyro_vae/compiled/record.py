@@ -70,7 +70,7 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
         CompileError: each run changes the program: an attribute, a tensor that is no module's
             buffer, the state of Python's or numpy's generator, or what it computes.
     """
-    said: list[Tensor] | None = None
+    previous: list[Tensor] | None = None
     for validation in [is_validation_enabled(), *[False] * _ATTEMPTS]:
         before, frozen = _inventory(territory), territory.frozen()
         with (
@@ -80,8 +80,8 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
         ):
             recording = _run(run, arguments, territory, changes)
         after = _inventory(territory)
-        repeated = said is not None and _repeated(recording.outputs, said)
-        said = recording.outputs
+        repeated = previous is not None and _repeated(recording.outputs, previous)
+        previous = recording.outputs
         if before == after and repeated and not validation:
             territory.changed |= {id(change.tensor) for change in recording.changed}
             recording.frozen = [(p, v) for p, v in frozen if places.same(p.get(), v)]

@@ -175,22 +175,20 @@ class CompiledSVI:
             if results.wanted:
                 call.differentiable(results)[0][0].backward()
         if isinstance(self.optim, PyroOptim):
-            registered = [
+            found = [
                 call.inputs[place] if isinstance(place, int) else place.get()
                 for place in call.program.static if place is not None
             ]  # fmt: skip
+            registered = [parameter for parameter in found if isinstance(parameter, Tensor)]
             self.optim(registered)
-            trained = registered
+            # as Pyro's SVI leaves gradients: a parameter that a later step does not use is still
+            # moved by its momentum and its decay
+            for parameter in registered:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
         else:
             self.optim.step()
-            trained = [p for group in self.optim.param_groups for p in group["params"]]
-        for parameter in trained:
-            if isinstance(self.optim, PyroOptim) and parameter.grad is not None:
-                # as Pyro's SVI leaves them: a parameter that a later step does not use is still
-                # moved by its momentum and its decay
-                parameter.grad.zero_()
-            else:
-                parameter.grad = None
+            self.optim.zero_grad()
         return loss, finite
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
