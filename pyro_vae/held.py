@@ -88,49 +88,20 @@ class Item(NamedTuple):
         return _entry(self.container, self.key)
 
 
-class Size(NamedTuple):
-    """How many entries a list or a dictionary has."""
+class Summary(NamedTuple):
+    """What a function of C tells of a thing: how many entries it has, its members, its numbers."""
 
-    container: Any
+    function: Callable[[Any], Any]
+    thing: Any
     label: str
 
     def get(self) -> Any:
-        """The number now."""
-        return len(self.container)
+        """What it tells now."""
+        return self.function(self.thing)
 
     def reading(self) -> Reading:
         """`get`."""
-        return len, (self.container,)
-
-
-class Members(NamedTuple):
-    """What a set holds."""
-
-    container: Any
-    label: str
-
-    def get(self) -> Any:
-        """The members now."""
-        return tuple(self.container)
-
-    def reading(self) -> Reading:
-        """`get`."""
-        return tuple, (self.container,)
-
-
-class Values(NamedTuple):
-    """The numbers in an array."""
-
-    array: np.ndarray[Any, Any]
-    label: str
-
-    def get(self) -> Any:
-        """The numbers now."""
-        return np.ndarray.tobytes(self.array)
-
-    def reading(self) -> Reading:
-        """`get`."""
-        return np.ndarray.tobytes, (self.array,)
+        return self.function, (self.thing,)
 
 
 class Slot(NamedTuple):
@@ -149,7 +120,7 @@ class Slot(NamedTuple):
         return getattr, (self.owner, self.key, None)
 
 
-AnyPlace = Place | CellPlace | Item | Size | Members | Values | Slot
+AnyPlace = Place | CellPlace | Item | Summary | Slot
 
 
 def _entry(container: Any, key: Any) -> Reading:

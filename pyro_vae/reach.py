@@ -29,7 +29,7 @@ from pyro.poutine.reparam_messenger import ReparamHandler
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-from pyro_vae.held import AnyPlace, CellPlace, Item, Members, Place, Size, Slot, Values, is_constant
+from pyro_vae.held import AnyPlace, CellPlace, Item, Place, Slot, Summary, is_constant
 
 _LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
@@ -267,20 +267,20 @@ class _Search:
     def _container(self, container: Any, label: str) -> None:
         if len(container) > LONGEST or is_constant(container):
             return
-        self.places.append(Size(container, f"len({label})"))
+        self.places.append(Summary(len, container, f"len({label})"))
         for key in list(container) if isinstance(container, dict) else range(len(container)):
             self._hold(Item(container, key, f"{label}[{key!r}]"))
 
     def _set(self, things: Any, label: str) -> None:
         if len(things) > LONGEST:
             return
-        self.places.append(Members(things, label))
+        self.places.append(Summary(tuple, things, label))
         for thing in list(things):
             self._visit(thing, label)
 
     def _array(self, array: Any, label: str) -> None:
         if array.size <= LONGEST:
-            self.places.append(Values(array, label))
+            self.places.append(Summary(np.ndarray.tobytes, array, label))
 
     def _imported(self, module: ModuleType, label: str) -> None:
         for key in list(vars(module)):

@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_vae.compiled.look import Look
 from pyro_vae.compiled.places import AnyPlace, Held, Moment
-from pyro_vae.held import CellPlace, Item, Place, Size, Slot
+from pyro_vae.held import CellPlace, Item, Place, Slot, Summary
 
 
 class Plain:
@@ -59,7 +59,7 @@ def everywhere() -> tuple[SimpleNamespace, list[AnyPlace]]:
         Place(it.kind, "__dict__", "hidden", ""),
         CellPlace(unbound.__closure__[0], ""),
         Place(it.layer, "_parameters", "weight", ""),
-        Size(it.list, ""),
+        Summary(len, it.list, ""),
         CellPlace(closure.__closure__[0], ""),
         Item(it.list, 1, ""),
         Place(it.own, "__dict__", "a", ""),
@@ -70,7 +70,7 @@ def everywhere() -> tuple[SimpleNamespace, list[AnyPlace]]:
         Place(pyro.get_param_store(), "_params", "scale", ""),
         Moment(it.state, 0, ""),
         Held(torch.ones(1), ""),
-        Size(it.dict, ""),
+        Summary(len, it.dict, ""),
     ]
 
 
