@@ -607,6 +607,13 @@ class TestWhatCannotBeCompiled:
         agree(loss, pv.compile(loss, x, backend="eager"), x)
         agree(loss, pv.compile(loss, x, backend="aot_eager"), x)
 
+    def test_control_flow_of_torchs(self) -> None:
+        def chosen(x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)).sum()
+
+        with pytest.raises(CompileError, match=r'"return torch\.cond\(.*compiled: .*cond calls'):
+            pv.compile(program(chosen), torch.ones(3), backend="eager")
+
     @pytest.mark.parametrize(
         "mask",
         [

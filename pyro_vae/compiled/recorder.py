@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -18,6 +19,8 @@ from pyro_vae.errors import CompileError
 class Recorder(TorchDispatchMode):
     """Lists the tensors that a program uses but did not make."""
 
+    supports_higher_order_operators = True  # or torch refuses them, in words of its own
+
     def __init__(self) -> None:
         super().__init__()
         self.inputs: dict[int, Tensor] = {}
@@ -28,6 +31,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise CompileError(
+                f"{where_now()} cannot be compiled: torch's {func.name()} calls functions that "
+                f"nothing here looks into. {REMEDY}."
+            )
         if kwargs.get("generator") is not None:
             raise CompileError(
                 f"{where_now()} cannot be compiled: it draws from a generator of its own, which "
