@@ -48,8 +48,8 @@ def networks() -> tuple[nn.Module, nn.Module]:
         )
 
 
-def pythae_epoch(x: Tensor) -> Callable[[int], Any]:
-    """An epoch of pythae's trainer."""
+def pythae_epoch(x: Tensor, folder: str) -> Callable[[int], Any]:
+    """An epoch of pythae's trainer, which makes a folder to write to."""
     from pythae.data.datasets import BaseDataset
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
@@ -58,7 +58,7 @@ def pythae_epoch(x: Tensor) -> Callable[[int], Any]:
         train_dataset=BaseDataset(pythae_peer.images(x), torch.zeros(len(x))),
         training_config=BaseTrainerConfig(
             per_device_train_batch_size=BATCH, learning_rate=1e-3,
-            no_cuda=not torch.cuda.is_available(), output_dir=tempfile.gettempdir(),
+            no_cuda=not torch.cuda.is_available(), output_dir=folder,
         ),
     )  # fmt: skip
     trainer.prepare_training()
@@ -82,10 +82,10 @@ def over(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 
 def measure(
-    x: Tensor, way: dict[str, Any], epochs: int
+    x: Tensor, way: dict[str, Any], epochs: int, folder: str
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Seconds of each epoch of `fit`, and of the others' in the same turn, without the first."""
-    others = {FLOOR: products_epoch(x), PEER: pythae_epoch(x)}
+    others = {FLOOR: products_epoch(x), PEER: pythae_epoch(x, folder)}
     ours: list[float] = []
     theirs: dict[str, list[float]] = {name: [] for name in others}
     start = [time.perf_counter()]
@@ -122,7 +122,8 @@ def main() -> None:
     ratios: dict[str, float] = {}
     beside: dict[str, list[float]] = {FLOOR: [], PEER: []}
     for name, way in WAYS.items():
-        ours, others = measure(x, way, options.epochs)
+        with tempfile.TemporaryDirectory() as folder:
+            ours, others = measure(x, way, options.epochs, folder)
         for other, times in others.items():
             beside[other] += times
         speed[name] = options.rows / statistics.median(ours)
