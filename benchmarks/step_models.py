@@ -23,6 +23,7 @@ Take = Callable[[int], Any]  # so many steps
 PIXELS, STATES, LEARNING_RATE = 784, 8, 1e-3
 OURS, ALL_AT_ONCE, BY_HAND = "compiled", "compiled, steps", "PyTorch by hand"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.backends.cudnn.allow_tf32 = False  # full float32, as for products by default
 
 
 @dataclass

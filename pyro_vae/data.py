@@ -109,7 +109,9 @@ def hide_labels(labels: Tensor, keep: int | None, seed: int = 0) -> Tensor:
         number = keep // len(classes) + (i < keep % len(classes))
         if number > len(rows):
             raise DataError(f"{number} labels of class {label.item()} asked for, of {len(rows)}")
-        chosen = rows[torch.randperm(len(rows), generator=generator)[:number].to(rows.device)]
+        chosen = rows[
+            torch.randperm(len(rows), generator=generator, device="cpu")[:number].to(rows.device)
+        ]
         hidden[chosen] = labels[chosen].long()
     return hidden
 

@@ -19,7 +19,7 @@ from pyro_vae.evidence.marginal import log_marginal
 from pyro_vae.evidence.pushforward import noise, push, streams
 from pyro_vae.evidence.target import Target
 from pyro_vae.hamiltonian import is_real
-from pyro_vae.seeding import derive
+from pyro_vae.seeding import derive, generators_put_back
 from pyro_vae.typing import Program
 
 Family = Literal["diagonal", "full_rank"]
@@ -232,7 +232,7 @@ def _guide_draws(sampler: Sampler, rows: range) -> dict[str, Tensor]:
 
 
 def _check_real(target: Target) -> None:
-    with torch.random.fork_rng():
+    with generators_put_back():
         sites = target.pair(range(1), 1).sites_at(target.guide, {})
     for name, site in sites.items():
         if not is_real(site["fn"]):

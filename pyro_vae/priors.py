@@ -261,11 +261,13 @@ def _pseudo_inputs(number: int, start: Tensor, noise: float, seed: int) -> Tenso
     if start.dim() == 0:
         raise ShapeError("pseudo-inputs start at data (N, features) or their mean (features,)")
     if start.dim() == 1:
-        jitter = torch.randn((number, len(start)), generator=generator, dtype=start.dtype)
+        jitter = torch.randn(
+            (number, len(start)), generator=generator, dtype=start.dtype, device="cpu"
+        )
         return start + noise * jitter.to(start.device)
     if number > len(start):
         raise ConfigError(f"{number} pseudo-inputs cannot start at {len(start)} rows of data")
-    rows = torch.randperm(len(start), generator=generator)[:number]
+    rows = torch.randperm(len(start), generator=generator, device="cpu")[:number]
     return start[rows.to(start.device)]
 
 

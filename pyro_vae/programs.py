@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import SiteError
 from pyro_vae.reach import reach
+from pyro_vae.seeding import generators_put_back
 from pyro_vae.typing import Program
 
 Site = dict[str, Any]
@@ -158,7 +159,7 @@ def plate_nesting(
     run is in evaluation mode, so that batch normalisation does not count it.
     """
     with (
-        torch.random.fork_rng(),
+        generators_put_back(),
         torch.no_grad(),
         poutine.block(),
         evaluating(model, guide),

@@ -17,7 +17,7 @@ from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property, partial, partialmethod, singledispatchmethod
 from itertools import combinations
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,7 +168,7 @@ class _Search:
             return self._method
         if isinstance(thing, partial):
             return self._partial
-        if isinstance(thing, dict | list | tuple | deque):
+        if isinstance(thing, dict | MappingProxyType | list | tuple | deque):
             return self._container
         if isinstance(thing, set | frozenset):
             return self._set
@@ -186,15 +186,18 @@ class _Search:
         self.modules[module] = label
         if isinstance(module, torch.jit.ScriptModule):  # which keeps what it has to itself
             return
+        foreign = not _is_users(type(module).__module__)
         for table in ("_parameters", "_buffers", "_modules"):
-            for key in getattr(module, table):
+            entries = getattr(module, table)
+            if entries or not foreign:  # torch's layers do not ask for what they lack
+                self.places.append(Summary(len, entries, f"the number of {label}.{table}"))
+            for key in entries:
                 self._hold(Place(module, table, key, f"{label}.{key}"))
         for key in getattr(module, "_pyro_params", ()):  # with their constraints
             self._hold(Item(module._pyro_params, key, f"{label}.{key}"))
         for hooks in _HOOKS:
             self._container(getattr(module, hooks), f"{label}.{hooks}")
         own = [key for key in vars(module) if key not in _MODULE_INTERNALS]
-        foreign = not _is_users(type(module).__module__)
         if foreign:  # what may come to hide the class's
             self._hold(Place(module, "__dict__", "forward", f"{label}.forward"))
         for key in own:
@@ -244,6 +247,9 @@ class _Search:
             return
         for part in ("__code__", "__defaults__", "__kwdefaults__"):
             self._hold(Slot(function, part, f"{label}.{part}"))
+        for key in vars(function):
+            if self._names.includes(key):
+                self._hold(Place(function, "__dict__", key, f"{label}.{key}"))
         names = _names(function.__code__)
         by_name = function.__name__ in _BY_NAME
         self._names.read.update(names.attributes - _LOOKUPS if by_name else names.attributes)
@@ -268,7 +274,8 @@ class _Search:
         if len(container) > LONGEST or is_constant(container):
             return
         self.places.append(Summary(len, container, f"len({label})"))
-        for key in list(container) if isinstance(container, dict) else range(len(container)):
+        named = isinstance(container, dict | MappingProxyType)
+        for key in list(container) if named else range(len(container)):
             self._hold(Item(container, key, f"{label}[{key!r}]"))
 
     def _set(self, things: Any, label: str) -> None:

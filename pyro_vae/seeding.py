@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,14 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng():
+    with generators_put_back():
         torch.manual_seed(_check(seed))
         yield
+
+
+def generators_put_back() -> Any:
+    """A context that puts torch's generators back, of the CPU and of every GPU."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
 def derive(seed: int, *keys: int) -> int:

@@ -472,6 +472,63 @@ class TestReplay:
                 torch.testing.assert_close(self.run(replayed, fused, x), weight(x).sum())
         assert remembered.count == 2  # type: ignore[attr-defined]
 
+    @pytest.mark.parametrize(
+        "part",
+        [
+            lambda data: data[:, 1:],  # its rows lie apart
+            lambda data: data[:, 3],
+            lambda data: data[0, 2:].expand(5, 2),  # its rows are one
+            lambda data: data.T,
+            lambda data: data[0].unfold(0, 2, 1),  # what overlaps
+            lambda data: data[:0],
+            lambda data: data[1, 1],
+        ],
+        ids=["columns", "column", "expanded", "transposed", "overlapping", "empty", "number"],
+    )
+    def test_an_argument_keeps_its_strides(self, replayed: Replayed, part: Any) -> None:
+        weights = torch.arange(20.0)
+
+        def computation(x: Tensor) -> tuple[list[Tensor], None]:
+            return [(x * weights[: x.numel()].view(x.shape)).sum()], None
+
+        def backend(graph: Any, inputs: list[Tensor]) -> Any:
+            shape, strides = inputs[where].shape, inputs[where].stride()
+
+            def run(*given: Tensor) -> Any:
+                # as compiled code does, which has the strides in it
+                laid = given[where].as_strided(shape, strides)
+                return graph(*given[:where], laid, *given[where + 1 :])
+
+            return run
+
+        where = 0
+        fused = Fused(computation, Territory({"computation": computation}), backend)
+        for _ in range(6):
+            x = part(torch.randn(5, 4))
+            torch.testing.assert_close(self.run(replayed, fused, x), computation(x)[0][0])
+        assert remembered.count == 1  # type: ignore[attr-defined]
+
+    def test_a_number_that_is_nan_is_the_same_number(self) -> None:
+        replayed = Replayed(remembered, "cuda")
+        nan = torch.tensor(torch.nan)
+        assert replayed._address(nan) == replayed._address(nan.clone())
+
+    def test_what_stands_in_the_way_is_told(
+        self, replayed: Replayed, fused: Fused, weight: nn.Linear
+    ) -> None:
+        x = torch.ones(2, 3)
+        fused.prepare(x).program.obstacle = "an argument is on the CPU"
+        for _ in range(3):
+            self.run(replayed, fused, x)
+        with pytest.warns(UserWarning, match="without a captured CUDA graph: an argument is on"):
+            self.run(replayed, fused, x)
+        for _ in range(3):  # and told once
+            torch.testing.assert_close(self.run(replayed, fused, x), weight(x).sum())
+        assert remembered.count == 0  # type: ignore[attr-defined]
+        for _ in range(6):  # of another program nothing is said
+            self.run(replayed, fused, torch.ones(4, 3))
+        assert remembered.count == 1  # type: ignore[attr-defined]
+
     def test_what_has_moved_is_captured_anew(
         self, replayed: Replayed, fused: Fused, weight: nn.Linear
     ) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from compiled_models import MODELS, vae
@@ -13,7 +14,8 @@ from torch.optim import SGD, Adam, AdamW
 from training_helpers import binary_data, small_vae
 
 import pyro_vae as pv
-from pyro_vae.errors import NonFiniteError, PyroVAEError
+from pyro_vae.compiled.replay import cuda_graph
+from pyro_vae.errors import CompileError, NonFiniteError, PyroVAEError
 from pyro_vae.programs import modules_of
 from pyro_vae.schedules import Warmup
 
@@ -26,7 +28,7 @@ STEPS = 9  # a few settle, then the graph is captured and replayed
 def on_the_gpu() -> Iterator[None]:
     torch.set_default_device(GPU)
     yield
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 def trained(model: Any, guide: Any) -> list[Tensor]:
@@ -173,7 +175,7 @@ def test_a_schedule_of_the_kl_weight_captures_nothing_anew() -> None:
 )
 def test_fit_ends_at_the_eager_weights(options: dict[str, Any]) -> None:
     """Batches of two shapes, binarised on the device, and more steps than are taken unseen."""
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     runs = []
     for compile in (False, True):
         made = small_vae()
@@ -191,7 +193,7 @@ def test_fit_ends_at_the_eager_weights(options: dict[str, Any]) -> None:
 
 
 def test_fit_finds_what_is_not_finite() -> None:
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     made = small_vae()
     with pytest.raises(NonFiniteError):
         pv.fit(
@@ -201,7 +203,7 @@ def test_fit_finds_what_is_not_finite() -> None:
 
 
 def test_mixed_precision_trains() -> None:
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
     losses = [
         pv.fit(
@@ -211,3 +213,85 @@ def test_mixed_precision_trains() -> None:
         for precision in ("32-true", "bf16-mixed")
     ]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+class TestDefaultsOnTheCpu:
+    """As in most scripts: the data and the parameters are moved, and no default device is set."""
+
+    @pytest.fixture(autouse=True)
+    def _no_default(self) -> None:
+        torch.set_default_device(None)
+
+    def train(self, model: Any, guide: Any, *args: Any, steps: int = STEPS) -> list[float]:
+        pyro.set_rng_seed(0)
+        svi = pv.CompiledSVI(model, guide, SGD(trained(model, guide), 1e-3), pv.ELBO())
+        return [svi.step(*args) for _ in range(steps)]
+
+    def made(self) -> tuple[Any, Any, Tensor]:
+        pyro.set_rng_seed(0)
+        model, guide, (x,) = vae()
+        return model.to(GPU), guide.to(GPU), x.to(GPU)
+
+    def test_the_weight_of_the_kl_moves(self) -> None:
+        model, guide, x = self.made()
+        assert all(torch.tensor(self.train(model, guide, x)).isfinite())
+
+    def test_an_argument_whose_rows_lie_apart(self) -> None:
+        model, guide, x = self.made()
+        apart = torch.cat([x, x], 1)[:, : x.shape[1]]
+        start = copy.deepcopy(nn.ModuleList([model, guide]))
+        wanted = self.train(model, guide, x)
+        assert self.train(*start, apart) == pytest.approx(wanted)
+
+    def test_a_number_on_the_cpu_is_read_at_every_step(self) -> None:
+        scale = nn.Parameter(torch.zeros(3, device=GPU))
+
+        def model(x: Tensor, weight: Tensor) -> None:
+            pyro.factor("x", -weight * ((x - scale) ** 2).sum())
+
+        def guide(x: Tensor, weight: Tensor) -> None:
+            pass
+
+        svi = pv.CompiledSVI(model, guide, SGD([scale], 0.0), pv.ELBO())
+        x = torch.ones(3, device=GPU)
+        with pytest.warns(UserWarning, match="an argument of shape .* is on the CPU"):
+            losses = [svi.step(x, torch.tensor(float(n))) for n in range(STEPS)]
+        assert losses == pytest.approx([3.0 * n for n in range(STEPS)])
+
+    def test_a_draw_on_the_cpu_is_refused(self) -> None:
+        def model(x: Tensor) -> None:
+            pyro.sample("s", dist.LogNormal(0.0, 0.5))
+            like = dist.Normal(pyro.param("m", x.mean()), 1.0).expand(x.shape).to_event(1)
+            pyro.sample("x", like, obs=x)
+
+        def guide(x: Tensor) -> None:
+            pyro.sample("s", dist.LogNormal(0.0, 0.5))
+
+        loss = pv.ELBO()(model, guide)
+        with pytest.raises(CompileError, match=r"LogNormal.*draws on the CPU"):
+            pv.compile(loss, torch.ones(3, device=GPU))
+
+    def test_fit_with_a_gpu_as_the_default(self) -> None:
+        torch.set_default_device(GPU)
+        made = small_vae()
+        run = pv.fit(made, binary_data(200), epochs=1, batch_size=20, compile=True, device=GPU)
+        assert len(run.metrics) == 1
+
+
+def test_a_failed_capture_leaves_torch_as_it_was() -> None:
+    device = torch.device(GPU, 0)
+    stream = torch.cuda.current_stream(device)
+
+    def waits() -> list[Tensor]:
+        drawn = torch.rand(3, device=device)
+        drawn.sum().item()
+        return [drawn]
+
+    with pytest.raises(RuntimeError):
+        cuda_graph(waits, device)
+    assert torch.cuda.current_stream(device) == stream
+    torch.manual_seed(0)
+    first = torch.rand(3, device=device)
+    torch.manual_seed(0)
+    replay = cuda_graph(lambda: [torch.rand(3, device=device)], device)
+    assert torch.equal(replay()[0], first)

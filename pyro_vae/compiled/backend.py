@@ -58,6 +58,9 @@ def inductor(
         # of torch's use of its own
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*_prims_common.check", category=FutureWarning)
+        # of a choice that is the user's, and one of the compiler's, on a GPU
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")
         from torch._inductor.compile_fx import compile_fx
 
         from pyro_vae.compiled import convolutions, matmul

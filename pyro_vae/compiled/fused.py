@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
+from pyro_vae import precision
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend, Program, Results, signature
 from pyro_vae.errors import CompileError, ConfigError
@@ -77,6 +78,11 @@ class Fused:
                 "that of the eager loss, or the gradient with autograd"
             )
         leaves, structure = flatten(args, kwargs)
+        # a view that stands for its negative (the imaginary part of a conjugate) is not read as one
+        leaves = [
+            leaf.resolve_neg() if isinstance(leaf, Tensor) and leaf.is_neg() else leaf
+            for leaf in leaves
+        ]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (structure, *map(_describe, leaves), *_surroundings())
         programs = self._programs.setdefault(key, [])
@@ -241,7 +247,7 @@ def _surroundings() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
+        precision.of_products(),
         tuple(
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             for device in ("cpu", "cuda")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from pyro_vae import precision
 from pyro_vae.compiled.answers import is_alias
 from pyro_vae.compiled.record import STANDS_STILL, Change
 from pyro_vae.errors import CompileError
@@ -16,6 +17,10 @@ _COPIES = (
     torch.ops.aten._to_copy.default,
     torch.ops.aten.clone.default,
     torch.ops.aten.lift_fresh_copy.default,
+)
+_CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
 )
 
 
@@ -157,10 +162,19 @@ def coarsest(graph: fx.GraphModule) -> torch.dtype:
     """The coarsest arithmetic of a graph, which may add up in float64 what it made in float32.
 
     How an input is stored does not count, and single numbers (a literal, a count of steps) neither.
+    Where products of float32 may be less than that, as torch is told, all float32 counts as such.
     """
     computed = [node for node in graph.graph.nodes if _computes(node)]
     values = tree_leaves([node.meta.get("val") for node in computed])
-    used = {v.dtype for v in values if isinstance(v, Tensor) and v.dim() and _is_rounded(v.dtype)}
+    made = [v for v in values if isinstance(v, Tensor) and v.dim() and _is_rounded(v.dtype)]
+    used = {value.dtype for value in made}
+    convolved = any(node.target in _CONVOLUTIONS for node in computed)
+    if torch.float32 in used and any(
+        precision.is_reduced(device, convolutions)
+        for device in {value.device for value in made}
+        for convolutions in {False, convolved}
+    ):
+        used.add(torch.bfloat16)
     return max(used, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 
@@ -178,8 +192,6 @@ def _resolution(dtype: torch.dtype, coarse: torch.dtype) -> float:
         return 0.0
     if torch.finfo(dtype).eps > torch.finfo(coarse).eps:
         coarse = dtype
-    if coarse == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        coarse = torch.bfloat16
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         coarse = torch.bfloat16
     return torch.finfo(coarse).eps

@@ -41,6 +41,9 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     generators put back. Checks of distributions' arguments (`pyro.enable_validation`) are made then
     only.
 
+    On a GPU the program draws there and takes its tensors there, numbers among them, or
+    `CompiledSVI` does not capture it: what the CPU does in between is not in a captured graph.
+
     On a CPU under glibc the process keeps up to 512 MB of memory that it frees from then on, unless
     malloc's environment variables say otherwise.
 

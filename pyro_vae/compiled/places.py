@@ -12,6 +12,7 @@ from operator import call, getitem
 from typing import Any, NamedTuple
 
 import pyro
+import torch
 from torch import Tensor, nn
 
 from pyro_vae import held, reach
@@ -83,18 +84,14 @@ class Territory:
         return [*reach.reach(self._roots).places, *_stored(), *self._moments()]
 
     def frozen(self) -> list[tuple[AnyPlace, Any]]:
-        """What a graph takes for granted: Python's values, and that objects of any other kind are
-        the same ones."""
+        """What a graph takes for granted, as it is now: Python's values, that objects of any other
+        kind are the same ones, and what tensors are alike in that are no inputs of it."""
         places = (*reach.reach(self._roots).places, *_constraints())
-        held = [(place, place.get()) for place in places]
-        return [(p, v) for p, v in held if not isinstance(v, Tensor)]
+        return [(place, place.get()) for place in places]
 
     def changing(self) -> list[tuple[Tensor, AnyPlace]]:
         """The tensors that a run may change: the modules' buffers, and what the update updates."""
-        places: list[AnyPlace] = [
-            Place(module, "_buffers", key, f"{label}.{key}")
-            for module, label in self.modules.items() for key in module._buffers
-        ]  # fmt: skip
+        places = [p for module, label in self.modules.items() for p in buffers_of(module, label)]
         if self.update is not None:
             places += [Held(p, "a parameter") for p in self.update.parameters()]
             places += self._moments()
@@ -102,7 +99,7 @@ class Territory:
 
     def changed_buffers(self) -> list[Tensor]:
         """The modules' buffers that a recorded run changed, each once."""
-        found = (b for m in self.modules for b in m._buffers.values() if b is not None)
+        found = tensors_at(p for m, label in self.modules.items() for p in buffers_of(m, label))
         return list({id(buffer): buffer for buffer in found if id(buffer) in self.changed}.values())
 
     def _moments(self) -> list[Moment]:
@@ -112,6 +109,16 @@ class Territory:
         return [
             Moment(state, i, f"the optimizer's {KEPT[i % len(KEPT)]}") for i in range(len(state))
         ]
+
+
+def buffers_of(module: nn.Module, label: str) -> list[AnyPlace]:
+    """Where a module has its own buffers. A ScriptModule has them to itself, its parts' too."""
+    alone = isinstance(module, torch.jit.ScriptModule)
+    return [
+        Held(buffer, f"{label}.{key}") if alone
+        else Place(module, "_buffers", key, f"{label}.{key}")
+        for key, buffer in module.named_buffers(recurse=alone)
+    ]  # fmt: skip
 
 
 def _stored() -> Iterator[Place]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
+from pyro_vae.compiled.capturable import obstacle
 from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest, comparable
 from pyro_vae.compiled.look import Look
 from pyro_vae.compiled.places import AnyPlace, Moment, Territory, same, tensors
@@ -56,6 +58,7 @@ class Program:
         static: what the program returned besides tensors, where a tensor among it stands for the
             number of the graph's input that it is, or for the place where it is found.
         device: of the inputs, a GPU if any is there.
+        obstacle: what keeps it from being captured on a GPU, see `capturable.obstacle`.
         checked: whether it could be held against the eager run: whether that was finite, or
             infinite alike.
         seconds: how long tracing and compiling took.
@@ -83,8 +86,12 @@ class Program:
         self.handed = [s.index for s in self._sources if isinstance(s, Argument)]
         devices = [inputs[i].device for i in used]
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-        self._look = Look([place for place, _ in recording.frozen])
-        self._granted = [recording.frozen[n][1] for n in self._look.order]
+        labels = ["an argument" if isinstance(s, Argument) else None for s in self._sources]
+        self.obstacle = None if self.device.type == "cpu" else obstacle(graph, labels)
+        granted = [(p, v) for p, v in recording.frozen if not isinstance(v, Tensor)]
+        self._look = Look([place for place, _ in granted])
+        self._granted = [granted[n][1] for n in self._look.order]
+        self._aside = _Aside(recording)
         self._look_up = _LookUp(self._sources, [inputs[i] for i in used])
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         found = tensors(territory.places())
@@ -108,7 +115,7 @@ class Program:
         # first, all at once, whether they are the objects
         if not all(map(is_, now, self._granted)) and not all(map(same, now, self._granted)):
             return None
-        return self._look_up(arguments)
+        return self._look_up(arguments) if self._aside.stand() else None
 
     def __call__(self, inputs: list[Tensor]) -> Results:
         """Run the graph on what `inputs` returned."""
@@ -149,6 +156,30 @@ class Program:
             (*results.outputs, *results.gradients), (*eager.outputs, *eager.found), strict=True
         )
         self.checked = all(bool(comparable(f, e)[1].isfinite().all()) for f, e in pairs)
+
+
+class _Aside:
+    """Tensors at places that the graph does not read: those that the program asks for something
+    else than their values (`len(self.data)`), and further places of those that are its inputs."""
+
+    def __init__(self, recording: Recording) -> None:
+        inputs = {id(tensor) for tensor, _ in recording.captured}
+        tensors = [(place, v) for place, v in recording.frozen if isinstance(v, Tensor)]
+        counts = Counter(id(value) for _, value in tensors)
+        held = [(p, v) for p, v in tensors if id(v) not in inputs or counts[id(v)] > 1]
+        self._look = Look([place for place, _ in held])
+        values = [held[n][1] for n in self._look.order]
+        first: dict[int, int] = {}
+        self._first = [first.setdefault(id(value), n) for n, value in enumerate(values)]
+        self._assumed = [*map(_ASSUMED, values)]
+
+    def stand(self) -> bool:
+        """Whether they are alike still, and one where they were one."""
+        now = self._look()
+        if now is None or not all(isinstance(value, Tensor) for value in now):
+            return False
+        tied = all(map(is_, now, map(now.__getitem__, self._first)))
+        return tied and [*map(_ASSUMED, now)] == self._assumed
 
 
 class _LookUp:
@@ -214,6 +245,11 @@ def _owned(
     owned = []
     for value, stride in zip(values, strides, strict=True):
         assert value is not None
+        if value.layout is not torch.strided:
+            raise CompileError(
+                f"a gradient of layout {value.layout} cannot come from a compiled graph: build the "
+                "module with sparse=False"
+            )
         storage = value.untyped_storage()._cdata
         if storage in taken or (stride is not None and value.stride() != stride):
             copy = torch.empty_strided(

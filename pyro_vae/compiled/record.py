@@ -22,7 +22,7 @@ from pyro_vae.compiled import places
 from pyro_vae.compiled.places import AnyPlace, Held, Territory
 from pyro_vae.compiled.recorder import Recorder
 from pyro_vae.errors import CompileError
-from pyro_vae.held import Place, is_constant
+from pyro_vae.held import is_constant
 
 # a program as it is traced: tensors to report, the loss first, and whatever stays as it is
 Run = Callable[[], tuple[Sequence[Tensor], Any]]
@@ -71,14 +71,20 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
             buffer, the state of Python's or numpy's generator, or what it computes.
     """
     previous: list[Tensor] | None = None
+    replaced: _Replaced | None = None
     for validation in [is_validation_enabled(), *[False] * _ATTEMPTS]:
         before, frozen = _inventory(territory), territory.frozen()
-        with (
-            pyro.validation_enabled(validation),
-            preserved(territory, arguments) as changes,
-            _found_modules(territory, changes),
-        ):
-            recording = _run(run, arguments, territory, changes)
+        try:
+            with (
+                pyro.validation_enabled(validation),
+                preserved(territory, arguments) as changes,
+                _found_modules(territory, changes),
+            ):
+                recording = _run(run, arguments, territory, changes)
+        except _Replaced as error:
+            replaced = error
+            continue
+        replaced = None
         after = _inventory(territory)
         repeated = previous is not None and _repeated(recording.outputs, previous)
         previous = recording.outputs
@@ -86,6 +92,8 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
             territory.changed |= {id(change.tensor) for change in recording.changed}
             recording.frozen = [(p, v) for p, v in frozen if places.same(p.get(), v)]
             return recording
+    if replaced is not None:
+        raise replaced
     changed = sorted({label for label, _ in (before - after) + (after - before)})
     if not changed:
         raise CompileError(
@@ -133,6 +141,10 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
             t._backward_hooks = found
 
 
+class _Replaced(CompileError):
+    """A run left another tensor where it had found one. Some do so once: `.to(x.device)`."""
+
+
 class Change(NamedTuple):
     """A tensor that a run changed in place, with its values before and after."""
 
@@ -151,8 +163,8 @@ class Changes:
 
     def save(self, module: nn.Module) -> None:
         """Remember this module's own buffers, unless they are known."""
-        for name, buffer in module.named_buffers(recurse=False):
-            self._save(buffer, Place(module, "_buffers", name, name))
+        for place in places.buffers_of(module, type(module).__name__):
+            self._save(place.get(), place)
 
     def found(self) -> list[Change]:
         """The tensors whose values differ from what was saved; without those that a module held
@@ -231,13 +243,19 @@ def _run(
             "the program draws from Python's or numpy's generators, and its draws would be frozen: "
             "draw with torch or with pyro.sample"
         )
+    if recorder.drawn_on_cpu and any(t.is_cuda for t in recorder.inputs.values()):
+        raise CompileError(  # TorchInductor would move it, to another generator's draws
+            f"{recorder.drawn_on_cpu} cannot be compiled: it draws on the CPU, and the program is "
+            "on a GPU. Put what it draws from there (a distribution's parameters; a plate's "
+            "`device=`)"
+        )
     own = {id(t): Held(t, "an argument") for t in arguments}
     captured = []
     for key, tensor in recorder.inputs.items():
         place = own.get(key) or known.get(key) or Held(tensor, f"a tensor {tuple(tensor.shape)}")
-        changed = recorder.changed(tensor) and tensor not in changes
-        if changed or place.get() is not tensor:
-            raise CompileError(
+        replaced = place.get() is not tensor
+        if replaced or (recorder.changed(tensor) and tensor not in changes):
+            raise (_Replaced if replaced else CompileError)(
                 f"the program changes {place.label} while it runs: only modules' buffers may "
                 "change, in place (register_buffer, and copy_ or add_)"
             )

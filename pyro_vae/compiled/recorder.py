@@ -24,6 +24,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.inputs: dict[int, Tensor] = {}
+        self.drawn_on_cpu: str | None = None  # a line that does, where there is a GPU as well
         self._versions: dict[int, int] = {}
         self._made = WeakTensorKeyDictionary()
         self._memory: set[int] = set()  # that operations allocated
@@ -62,6 +63,8 @@ class Recorder(TorchDispatchMode):
                 f"of a tensor. {REMEDY}."
             )
         out = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and torch.cuda.is_initialized():
+            self._note_draw(out)
         self._note_fixed(func, given, out)
         for value in tree_iter(out):
             # an in-place operation returns the tensor it was given
@@ -70,6 +73,12 @@ class Recorder(TorchDispatchMode):
                 if _memory_of(value) not in given:
                     self._memory.add(_memory_of(value))
         return out
+
+    def _note_draw(self, out: Any) -> None:
+        if self.drawn_on_cpu is None and all(
+            value.device.type == "cpu" for value in tree_iter(out) if isinstance(value, Tensor)
+        ):
+            self.drawn_on_cpu = where_now()
 
     def _is_of_known_shape(self, func: Any, args: Any) -> bool:
         """Whether this is `x[indices]` by numbers, or by masks that are the same in every run."""

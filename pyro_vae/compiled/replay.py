@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Replayed:
         captured = self._captured.get(call.program)
         if captured is None or captured.where != where:
             captured = self._captured[call.program] = _Captured(where)
-        if captured.replay is None and captured.runs >= SETTLED:
+        if captured.replay is None and captured.runs == SETTLED:
             self._try_to_capture(captured, call, device)
         if captured.replay is None:
             captured.runs += 1
@@ -68,18 +69,24 @@ class Replayed:
     def _address(self, tensor: Tensor) -> Any:
         """Where a tensor lies; a number elsewhere, which is read at capture alone, as its value."""
         if tensor.device.type != self._device_type and tensor.dim() == 0:
-            return tensor.item()
+            return repr(tensor.item())  # NaN is not equal to itself
         return tensor.data_ptr()
 
     def _try_to_capture(self, captured: _Captured, call: Call, device: torch.device) -> None:
-        captured.buffers = [argument.detach().clone() for argument in call.arguments]
-        onto_buffers = call.given(captured.buffers)
+        if call.program.obstacle is not None:
+            _tell(call.program.obstacle)
+            return
+        captured.buffers = [_memory(argument).clone() for argument in call.arguments]
+        onto_buffers = call.given([
+            buffer.as_strided(argument.shape, argument.stride())
+            for buffer, argument in zip(captured.buffers, call.arguments, strict=True)
+        ])  # fmt: skip
         try:
             captured.replay = self._capture(lambda: onto_buffers.run().outputs, device)
         except RuntimeError as error:
             self._failed = True
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"running without a captured CUDA graph: {reason}", stacklevel=5)
+            self._captured.clear()
+            _tell(str(error).strip().splitlines()[0])
 
 
 @dataclass
@@ -94,16 +101,39 @@ class _Captured:
     def __call__(self, arguments: list[Tensor]) -> Outputs:
         """Replay it on these."""
         assert self.replay is not None
-        torch._foreach_copy_(self.buffers, arguments, non_blocking=True)
+        torch._foreach_copy_(self.buffers, [*map(_memory, arguments)], non_blocking=True)
         return self.replay()
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """The memory that a tensor lies in, from its first number to its last, whatever the strides
+    that it was compiled for: in a row, where a clone would lay it out anew."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((last + 1 if tensor.numel() else 0,), (1,))
+
+
+def _tell(reason: str) -> None:
+    warnings.warn(f"running without a captured CUDA graph: {reason}", stacklevel=6)
 
 
 def cuda_graph(function: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
     """Capture a function as a CUDA graph. torch's generators advance from replay to replay."""
-    graph = torch.cuda.CUDAGraph()
-    # other threads (of a DataLoader, say) may go on using the GPU meanwhile
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = function()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    stream = torch.cuda.Stream(device)  # torch's own is of the device that it captured on first
+    try:
+        with (
+            torch.cuda.device(device),
+            # other threads (of a DataLoader, say) may go on using the GPU meanwhile
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            outputs = function()
+    except RuntimeError:
+        # torch leaves its stream current, and its generator in the midst of the capture
+        with torch.cuda.device(device):
+            torch.cuda.set_stream(before)
+            generator = torch.cuda.default_generators[device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
 
     def replay() -> Outputs:
         graph.replay()
@@ -118,8 +148,16 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current, side = torch.cuda.current_stream(device), _side_stream_of(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        yield
-    current.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        current.wait_stream(side)
+
+
+@cache
+def _side_stream_of(device: torch.device) -> torch.cuda.Stream:
+    # always the same: cuBLAS keeps memory for each that it has seen
+    return torch.cuda.Stream(device)

@@ -179,7 +179,8 @@ class CompiledSVI:
                 call.inputs[place] if isinstance(place, int) else place.get()
                 for place in call.program.static if place is not None
             ]  # fmt: skip
-            registered = [parameter for parameter in found if isinstance(parameter, Tensor)]
+            # one that was tied to another since is found twice
+            registered = list({id(p): p for p in found if isinstance(p, Tensor)}.values())
             self.optim(registered)
             # as Pyro's SVI leaves gradients: a parameter that a later step does not use is still
             # moved by its momentum and its decay

@@ -43,7 +43,9 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
 
     # or every tensor would be described to the graph in a world of its own, half of tracing's time
     described = tracing(TracingContext(FakeTensorMode()))
-    with tracing_errors(), pyro.validation_enabled(False), described:
+    # which would look at the values of gradients
+    unwatched = torch.autograd.set_detect_anomaly(False)
+    with tracing_errors(), pyro.validation_enabled(False), described, unwatched:
         graph = make_fx(program)(*inputs)
     _check_constants(graph)
     return graph

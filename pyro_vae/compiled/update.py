@@ -229,9 +229,12 @@ def _options(group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_hooked(optimizer: Adam) -> bool:
-    """Whether anything is called before or after the optimizer's step."""
+    """Whether anything is called before or after the optimizer's step, or instead of it."""
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    # torch's schedulers put one there that counts and calls the optimizer's
+    step = vars(optimizer).get("step")
+    instead = step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+    return bool(own or instead or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 def _log(beta: float) -> float:

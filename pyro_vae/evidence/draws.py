@@ -17,7 +17,7 @@ from pyro_vae.evidence.pushforward import is_pushforward, log_normal, noise, pus
 from pyro_vae.evidence.sites import check_point_masses, check_same_sites, told_of_nan
 from pyro_vae.evidence.target import Target
 from pyro_vae.programs import Site
-from pyro_vae.seeding import seeded
+from pyro_vae.seeding import generators_put_back, seeded
 
 Noise = Callable[[str, Any], Tensor]
 
@@ -55,7 +55,7 @@ class Guide:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        with torch.random.fork_rng(), torch.no_grad():
+        with generators_put_back(), torch.no_grad():
             sites = target.pair(range(1), 2).sites_at(target.guide, {})
         check_point_masses(sites)
         self.is_map = all(

@@ -11,9 +11,10 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_vae import programs
+from pyro_vae import precision, programs
 from pyro_vae.data import Data, Split, as_tensor
 from pyro_vae.errors import ConfigError, DataError, NonFiniteError
+from pyro_vae.seeding import generators_put_back
 from pyro_vae.typing import Program
 
 CHUNK_BYTES = 64 * 2**20
@@ -91,7 +92,7 @@ def undisturbed(*programs_: Program, tf32: bool = False) -> Iterator[None]:
         _precision(tf32),
         torch.inference_mode(False),  # annealing takes gradients
         torch.no_grad(),
-        torch.random.fork_rng(),
+        generators_put_back(),
         programs.evaluating(*programs_),
         store.scope(store.get_state()),
         pyro.validation_enabled(False),
@@ -106,12 +107,9 @@ def _precision(tf32: bool) -> Iterator[None]:
     Rounded weights do not average out over draws: TF32 costs about 0.1 nats a datum on a confident
     decoder, bfloat16 nearly 1.
     """
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+    with (
+        precision.products(tf32),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield

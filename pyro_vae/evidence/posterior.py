@@ -65,8 +65,8 @@ def resample(sampler: Sampler, num_draws: int) -> dict[str, Tensor]:
 def _choose(log_w: Tensor, num_draws: int, seed: int) -> Tensor:
     """Indices of draws in proportion to their weights: `(num_draws,)`."""
     generator = _generator(seed)
-    cumulative = log_w.softmax(0).cumsum(0)
-    uniform = torch.rand(num_draws, generator=generator, dtype=torch.float64)
+    cumulative = log_w.softmax(0).cumsum(0).cpu()
+    uniform = torch.rand(num_draws, generator=generator, dtype=torch.float64, device="cpu")
     return torch.searchsorted(cumulative, uniform).clamp_max(len(log_w) - 1)
 
 
@@ -79,7 +79,12 @@ def _discrete(target: Target, rows: range, z: Mapping[str, Tensor], seed: int) -
     cumulative = torch.stack(log_joint).double().softmax(0).cumsum(0).cpu()
     uniform = torch.stack(
         [
-            torch.rand(cumulative.shape[1], generator=_generator(derive(s, 1)), dtype=torch.float64)
+            torch.rand(
+                cumulative.shape[1],
+                generator=_generator(derive(s, 1)),
+                dtype=torch.float64,
+                device="cpu",
+            )
             for s in target.seeds(rows, seed)
         ],
         1,

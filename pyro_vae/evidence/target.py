@@ -33,7 +33,7 @@ from pyro_vae.evidence.sites import (
     told_of_nan,
 )
 from pyro_vae.programs import Pair, Run, Site
-from pyro_vae.seeding import derive
+from pyro_vae.seeding import derive, generators_put_back
 from pyro_vae.typing import Compile, Program
 
 PROBE_ROWS = 3
@@ -221,7 +221,7 @@ class Target:
     def _probe(self, rows: range, num_draws: int) -> Run:
         """One run on the first rows; sites that the guide lacks draw from the model."""
         pair = self.pair(rows, num_draws)
-        with torch.random.fork_rng(), torch.no_grad():
+        with generators_put_back(), torch.no_grad():
             with explained("guide", pair.args, num_draws):
                 guide = {} if self.enumerate_all else pair.sites_at(self.guide, {})
             data_plates(list(guide.items()), len(rows))  # a guide of other rows says so itself
@@ -255,7 +255,7 @@ class Target:
                     for name, site in sites.items()
                 }
 
-        with torch.random.fork_rng(), torch.no_grad():
+        with generators_put_back(), torch.no_grad():
             once, again = terms(rows), terms(rows)
             single = [terms(range(row, row + 1)) for row in rows]
         apart = {name: torch.cat([part[name] for part in single], 1) for name in once}
@@ -276,7 +276,7 @@ class Target:
         """Sizes of the intermediate results of the densities of `num` more pairs than one."""
         draws = 1 if self.enumerate_all else 1 + num
         pair = self.pair(range(min(1 + num, self.size) if self.enumerate_all else 1), draws)
-        with torch.random.fork_rng(), torch.no_grad(), _Sizes() as sizes:
+        with generators_put_back(), torch.no_grad(), _Sizes() as sizes:
             for site in pair.sites_at(self.model, {}).values():
                 kernels.log_prob(site)
         return sizes.bytes

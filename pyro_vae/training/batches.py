@@ -98,7 +98,7 @@ class Resident:
 
     def epoch(self, seed: int, start: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.x), generator=generator)
+        order = torch.randperm(len(self.x), generator=generator, device="cpu")
         mine = order[self.rank :: self.world_size][: self.share].to(self.x.device)
         return map(self._gather, mine.split(self.batch_size)[start:])
 

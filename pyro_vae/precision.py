@@ -1,0 +1,59 @@
+"""How exact products of float32 are, which torch is told in two ways: in one word, or by parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_BACKENDS = torch.backends
+_EXACT = ("none", "ieee")
+
+
+def of_products() -> tuple[str, ...]:
+    """What torch may make of float32 in matrix products and convolutions, on a GPU and on a CPU:
+    "none" and "ieee" are float32, "tf32" and "bf16" less. Unlike torch's own word for it
+    (`get_float32_matmul_precision`), it is there however it was set."""
+    return tuple(part.fp32_precision for part in _parts())
+
+
+def is_reduced(device: torch.device, convolutions: bool) -> bool:
+    """Whether products of float32 on the device are less exact than float32.
+
+    Args:
+        convolutions: rather than matrix products. (On a GPU torch makes them TF32 by default.)
+    """
+    cuda_product, cuda_convolution, product, convolution = of_products()
+    on_gpu = (cuda_product, cuda_convolution)
+    return (on_gpu if device.type == "cuda" else (product, convolution))[convolutions] not in _EXACT
+
+
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Run the body with products in TF32 or float32, and put back what was chosen before."""
+    try:
+        in_a_word = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by parts, for which there is no word
+        in_a_word = None
+    by_parts = of_products()
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        _BACKENDS.cudnn.allow_tf32 = tf32
+        for part in _parts():  # one that follows what was said of them all
+            if not tf32 and part.fp32_precision not in _EXACT:
+                part.fp32_precision = "ieee"
+        yield
+    finally:
+        if in_a_word is not None:
+            torch.set_float32_matmul_precision(in_a_word)
+        for part, precision in zip(_parts(), by_parts, strict=True):
+            if part.fp32_precision != precision:
+                part.fp32_precision = precision
+
+
+def _parts() -> tuple[Any, ...]:
+    cuda: Any = _BACKENDS.cudnn  # torch's hints know no parts of these two
+    cpu: Any = _BACKENDS.mkldnn
+    return _BACKENDS.cuda.matmul, cuda.conv, cpu.matmul, cpu.conv
