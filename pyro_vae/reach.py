@@ -291,7 +291,7 @@ class _Search:
 
     def _imported(self, module: ModuleType, label: str) -> None:
         for key in list(vars(module)):
-            if key in self._names.read:
+            if key in self._names.read or key in self._names.asked:
                 self._hold(Place(module, "__dict__", key, f"{label}.{key}"))
 
     def _hold(self, place: AnyPlace, name: str = "") -> None:

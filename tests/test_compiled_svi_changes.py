@@ -117,7 +117,8 @@ def another_loss(kind: Any) -> list[Any]:
     found = [made.step(X)]
     made.loss = Trace_ELBO(num_particles=3)
     if kind is SVI:  # which keeps the first loss's method
-        made.loss_and_grads, made.loss = made.loss.loss_and_grads, made.loss.loss
+        elbo = made.loss
+        made.loss_and_grads, made.loss = elbo.loss_and_grads, elbo.loss
     return found + [made.step(X) for _ in range(2)]
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def inductor(
         # on a CPU the calls of the kernels are a good part of a small step: they too in C++, and
         # what they leave for one another in one piece of memory instead of dozens
         options["cpp_wrapper"] = options["memory_planning"] = on_cpu
+        options["unsafe_marked_cacheable_functions"] = _own_functions()
         if not vectorized:
             options["cpp.simdlen"] = 1
         if matmul.available():
@@ -94,6 +96,22 @@ def inductor(
         except Exception as error:
             said = _said(error)
             raise CompileError(f"TorchInductor cannot compile the program: {said}") from error
+
+
+def _own_functions() -> dict[str, str]:
+    """The functions of ours that stand in graphs, with what they are made of: torch keeps on disk
+    what it made of graphs with these only if it is told when they change."""
+    from torch._inductor.custom_graph_pass import get_hash_for_files
+
+    from pyro_vae.compiled import biases, elementary, one_channel
+
+    modules = (biases, elementary, one_channel)
+    made_of = get_hash_for_files(tuple(module.__file__ for module in modules)).hex()
+    return {
+        f"{function.__module__}.{function.__name__}": made_of
+        for module in modules for function in vars(module).values()
+        if isinstance(function, FunctionType) and function.__module__ == module.__name__
+    }  # fmt: skip
 
 
 def _said(error: Exception) -> str:

@@ -57,31 +57,47 @@ def lay_out(graph: fx.GraphModule) -> None:
     """Have maps that are about to be flattened in memory; not those that anything writes to, in
     which case maps and flat vector are one."""
     written = {_root(node) for node in graph.graph.nodes if is_in_place(node)}
+    shapes = _shapes_of_maps(graph)
     for node in graph.graph.nodes:
-        if node.target in _FLATTENS and _merges_channels(node) and _root(node) not in written:
+        if node.target not in _FLATTENS or _root(node) in written:
+            continue
+        if _merges_channels(node, shapes):
             maps: Any = node.args[0]
             with graph.graph.inserting_before(node):
                 laid_out = graph.graph.call_function(_LAID_OUT, (maps,))
             laid_out.meta.update(maps.meta)
             node.replace_input_with(maps, laid_out)
     for node in graph.graph.nodes:
-        if node.target in _FLATTENS and _parts_channels(node) and _root(node) not in written:
+        if node.target not in _FLATTENS or _root(node) in written:
+            continue
+        if _parts_channels(node, shapes):
             _put_after(node, torch.channels_last)
     graph.recompile()
 
 
-def _merges_channels(node: fx.Node) -> bool:
+def _shapes_of_maps(graph: fx.GraphModule) -> set[torch.Size]:
+    """Of what convolutions take and make: heads of attention have four dimensions as well."""
+    return {
+        maps.meta["val"].shape
+        for node in graph.graph.nodes if node.target is _CONVOLUTION
+        for maps in (node, node.args[0])
+    }  # fmt: skip
+
+
+def _merges_channels(node: fx.Node, shapes: set[torch.Size]) -> bool:
     """Whether channels are put in a row with the places of two-dimensional maps."""
     maps: Any = node.args[0]
     before, after = maps.meta["val"], node.meta["val"]
-    return _has_channels(before, after) and maps.op == "call_function"
+    return before.shape in shapes and _has_channels(before, after) and maps.op == "call_function"
 
 
-def _parts_channels(node: fx.Node) -> bool:
+def _parts_channels(node: fx.Node, shapes: set[torch.Size]) -> bool:
     """Whether two-dimensional maps are made of a row, in whose layout no view trusts."""
-    row: Any = node.args[0]
-    return _has_channels(node.meta["val"], row.meta["val"]) and all(
-        map(_is_of_one_channel, _viewed(node))
+    row, maps = node.args[0], node.meta["val"]
+    return (
+        maps.shape in shapes
+        and _has_channels(maps, row.meta["val"])  # type: ignore[union-attr]
+        and all(map(_is_of_one_channel, _viewed(node)))
     )
 
 

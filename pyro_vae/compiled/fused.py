@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,14 @@ from tqdm import tqdm
 from pyro_vae import precision
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend, Program, Results, signature
-from pyro_vae.errors import CompileError, ConfigError
+from pyro_vae.errors import CompileError, ConfigError, PyroVAEError
+from pyro_vae.seeding import generators_put_back
 
 logger = logging.getLogger("pyro_vae")
 
 # a computation: tensors, the loss first, and a static rest that may differ by kind of arguments
 Computation = Callable[..., tuple[Sequence[Tensor], Any]]
-_MANY = 16
+_MANY, _FEW = 16, 4
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -54,6 +56,7 @@ class Fused:
         self._territory = territory
         self._backend = backend
         self._programs: dict[Any, list[Program]] = {}
+        self._numbers: dict[Any, list[tuple[float, ...]]] = {}  # that programs were made for
 
     @property
     def seconds(self) -> list[dict[str, float]]:
@@ -90,6 +93,7 @@ class Fused:
             inputs = program.inputs(tensors)
             if inputs is not None:
                 return Call(program, inputs)
+        self._note_numbers(leaves, key)
         program = self._compile(leaves, structure)
         if program.checked:  # or it is made again
             programs.insert(0, program)
@@ -101,6 +105,21 @@ class Fused:
             )
         return Call(program, inputs)
 
+    def _note_numbers(self, leaves: list[Any], key: tuple[Any, ...]) -> None:
+        """Say so where nothing but a Python number changes from call to call."""
+        numbers = tuple(leaf for leaf in leaves if isinstance(leaf, float))
+        kind = tuple(part for part in key if not (isinstance(part, tuple) and part[:1] == (float,)))
+        values = self._numbers.setdefault(kind, [])
+        values.append(numbers)
+        if numbers and len(values) == _FEW:
+            changed = [v for v in zip(*values, strict=True) if len(set(v)) > 1]
+            shown = "; ".join(", ".join(map(str, v)) for v in changed)
+            warnings.warn(
+                f"compiled {_FEW} times for other values of a Python number ({shown}): pass one "
+                "that changes as a tensor, torch.tensor(value)",
+                stacklevel=4,
+            )
+
     def _compile(self, leaves: list[Any], structure: Any) -> Program:
         # objects of their own, so that an argument is told from a parameter or another argument
         own = [
@@ -111,14 +130,24 @@ class Fused:
         args, kwargs = (own, {}) if by_position else tree_unflatten(own, structure)
         count = sum(map(len, self._programs.values())) + 1
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in own if isinstance(leaf, Tensor))
-        _tell(f"compiling for arguments of shape {shapes}: once, seconds to a minute ...")
-        with _without_autocast_cache():
-            program = Program(
-                lambda: self._computation(*args, **kwargs),
-                [leaf for leaf in own if isinstance(leaf, Tensor)],
-                self._territory,
-                self._backend,
-            )
+        _tell(
+            f"compiling for arguments of shape {shapes}: once, which may take a minute or more ..."
+        )
+        run = partial(self._computation, *args, **kwargs)
+        tensors = [leaf for leaf in own if isinstance(leaf, Tensor)]
+        try:
+            with _without_autocast_cache():
+                program = Program(run, tensors, self._territory, self._backend)
+        except PyroVAEError:
+            raise
+        except Exception as error:
+            if _fails(run):
+                raise
+            said = str(error).strip().split("\n")[0]
+            raise CompileError(
+                "compiling fails where the program itself does not, with a "
+                f"{type(error).__name__}: {said}. Run it without compiling, and please report it"
+            ) from error
         trace, compile = program.seconds["trace"], program.seconds["compile"]
         _tell(f"traced in {trace:.1f} s, compiled and checked in {compile:.1f} s")
         if count == _MANY:
@@ -180,6 +209,16 @@ class Call(NamedTuple):
         return [tensor for i, tensor in enumerate(self.inputs) if i not in handed]
 
 
+def _fails(run: Callable[[], Any]) -> bool:
+    """Whether a program cannot run, compiled or not."""
+    with generators_put_back():
+        try:
+            run()
+        except Exception:
+            return True
+    return False
+
+
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
     """Under autocast torch keeps the cast of a parameter, which would be a constant to a trace."""
@@ -192,9 +231,10 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 def _tell(message: str) -> None:
-    """Log it; and where somebody watches, say why nothing moves, beside a progress bar if any."""
+    """Log it; and where somebody watches, at a terminal or in a notebook, say why nothing moves,
+    beside a progress bar if any."""
     logger.info(message)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
         tqdm.write(f"pyro_vae: {message}", file=sys.stderr)
 
 

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from pyro.infer import ELBO, TraceTailAdaptive_ELBO
+import torch
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
@@ -49,7 +56,8 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
 
     Args:
         loss: `objective(model, guide)`, of this library's objectives or of Pyro's that have a
-            `differentiable_loss` (all but `TraceGraph_ELBO`; `TraceEnum_ELBO` enumerates as ever).
+            `differentiable_loss` (`Trace_ELBO`, `TraceMeanField_ELBO`, `TraceTMC_ELBO`, and
+            `TraceEnum_ELBO`, which enumerates as ever), or of a subclass of one.
         example: arguments to compile for now rather than at the first call.
         backend: `"inductor"`, another of `torch.compile`'s backends, or a function like those.
 
@@ -116,18 +124,36 @@ def loss_of(objective: Any, model: Program, guide: Program) -> Computation:
     Raises:
         ConfigError: the objective has no differentiable loss.
     """
+    name = type(objective).__name__
     if isinstance(objective, TraceTailAdaptive_ELBO):
-        raise ConfigError("TraceTailAdaptive_ELBO has gradients but no loss to check and report")
-    if isinstance(objective, ELBO) and not hasattr(objective, "differentiable_loss"):
-        raise ConfigError(
-            f"{type(objective).__name__} has no differentiable_loss, so it cannot be compiled"
-        )
+        raise ConfigError(f"{name} has gradients but no loss to check and report")
+    if isinstance(objective, JitTrace_ELBO | JitTraceMeanField_ELBO | JitTraceEnum_ELBO):
+        raise ConfigError(f"{name} is compiled already, by torch.jit: give Trace_ELBO, or its like")
+    if isinstance(objective, ELBO):
+        if not hasattr(objective, "differentiable_loss"):
+            raise ConfigError(
+                f"{name} has no differentiable_loss, so it cannot be compiled. Trace_ELBO, "
+                "TraceMeanField_ELBO and TraceEnum_ELBO have, and this library's objectives: IWAE "
+                "for RenyiELBO, WakeSleep for ReweightedWakeSleep"
+            )
+        if _is_nearer(type(objective), "loss_and_grads", "differentiable_loss"):
+            raise ConfigError(
+                f"{name} overrides loss_and_grads, which a compiled step does not call: override "
+                "differentiable_loss, whose gradient it takes"
+            )
     loss = getattr(objective, "differentiable_loss", objective)
 
     def computation(*args: Any, **kwargs: Any) -> tuple[list[Tensor], None]:
-        return [loss(model, guide, *args, **kwargs)], None
+        # of programs without sites Pyro's is a number
+        return [torch.as_tensor(loss(model, guide, *args, **kwargs))], None
 
     return computation
+
+
+def _is_nearer(cls: type, name: str, other: str) -> bool:
+    """Whether a class has one attribute from a class that is nearer to it than the other's."""
+    nearest = next(base for base in cls.__mro__ if name in vars(base) or other in vars(base))
+    return other not in vars(nearest)
 
 
 def terms(

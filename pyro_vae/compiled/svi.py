@@ -23,8 +23,8 @@ from pyro_vae.errors import ConfigError, NonFiniteError
 from pyro_vae.programs import modules_of
 from pyro_vae.typing import Program
 
-# torch's optimizers that can update all parameters in one kernel, on the CPU and on CUDA
 _PARTS = ("model", "guide", "optim", "loss")
+# torch's optimizers that can update all parameters in one kernel, on the CPU and on CUDA
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
@@ -76,14 +76,28 @@ class CompiledSVI:
             )
         if isinstance(optim, torch.optim.LBFGS):
             raise ConfigError("LBFGS evaluates the loss as often as it likes: use pv.compile")
-        roots = {"model": self.model, "guide": self.guide, "objective": self.loss}
-        computation = loss_of(self.loss, self.model, self.guide)
+        roots = {"model": self.model, "guide": self.guide, "objective": self._objective}
+        computation = loss_of(self._objective, self.model, self.guide)
         self._step = fuse_step(computation, roots, optim, self._backend)
         if isinstance(optim, PyroOptim):
             computation = _registering(computation)
-        self._loss = Fused(computation, Territory(roots), resolve(self._backend, self.loss))
+        self._loss = Fused(computation, Territory(roots), resolve(self._backend, self._objective))
         if self._step is None:
             _choose_fused(optim)
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        """The eager loss, `loss(model, guide, *args, **kwargs)`, as Pyro's SVI has it."""
+        return getattr(self._objective, "loss", self._objective)
+
+    @loss.setter
+    def loss(self, loss: ELBO | Callable[..., Tensor]) -> None:
+        self._objective = loss
+
+    @property
+    def loss_and_grads(self) -> Callable[..., Any]:
+        """The eager loss, whose gradients are left in the parameters, as Pyro's SVI has it."""
+        return self._objective.loss_and_grads  # type: ignore[union-attr]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -195,7 +209,7 @@ class CompiledSVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats, without a step."""
         # Pyro's enumeration refuses to work without gradients
-        with torch.set_grad_enabled(isinstance(self.loss, TraceEnum_ELBO | TraceTMC_ELBO)):
+        with torch.set_grad_enabled(isinstance(self._objective, TraceEnum_ELBO | TraceTMC_ELBO)):
             return self._loss.prepare(*args, **kwargs).run().outputs[0].item()
 
     @property

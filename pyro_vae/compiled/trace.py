@@ -45,10 +45,23 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     described = tracing(TracingContext(FakeTensorMode()))
     # which would look at the values of gradients
     unwatched = torch.autograd.set_detect_anomaly(False)
-    with tracing_errors(), pyro.validation_enabled(False), described, unwatched:
+    with (
+        tracing_errors(), pyro.validation_enabled(False), described, unwatched, _without_onednn()
+    ):  # fmt: skip
         graph = make_fx(program)(*inputs)
     _check_constants(graph)
     return graph
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Or an LSTM on a CPU is one operation, whose gradient TorchInductor cannot compile."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 @contextmanager

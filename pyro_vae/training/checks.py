@@ -176,8 +176,6 @@ def try_program(
                     loss = objective.terms(vae.model, vae.guide, *batch).loss
                     if not math.isfinite(loss.item()):
                         raise guard.bad_loss(batch, 0, "before the first step")
-                    if compile is True:
-                        _trace(vae, objective, batch)
                 with pyro.validation_enabled(True):
                     terms = objective.terms(vae.model, vae.guide, *batch)
         except (ShapeError, ConfigError) as error:
@@ -190,6 +188,9 @@ def try_program(
                 f"model and guide cannot run on a batch of shape {shapes}: {error}"
                 f"{_about_context(batch)}"
             ) from error
+        if compile is True:
+            with programs.evaluating(vae.model, vae.guide), pyro.validation_enabled(False):
+                _trace(vae, objective, batch)
     return terms
 
 
