@@ -50,8 +50,9 @@ def test_what_cannot_be_compiled_is_an_error_or_a_warning() -> None:
     options = {"epochs": 1, "batch_size": 20, "device": "cpu"}
     with pytest.raises(CompileError):
         pv.fit(vae, binary_data(), compile=True, **options)
-    with pytest.warns(UserWarning, match="without compiling"):
+    with pytest.warns(UserWarning, match="without compiling") as told:
         pv.fit(vae, binary_data(), compile="auto", **options)
+    assert sum("without compiling" in str(warning.message) for warning in told) == 1
 
 
 @pytest.fixture

@@ -40,7 +40,9 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     replaced as well. A Python number there that changes, an object that is replaced, and another
     argument that is no tensor are another program, compiled at the next call. So are the entries of
     containers and of arrays of numpy, of up to 64; those of longer ones stay what they are at the
-    first call, and so does what comes from the environment, an iterator or a clock. (Which is
+    first call, and so does what comes from the environment, an iterator or a clock, what a function
+    imports as it runs, and what a library's object knows (an optimizer's learning rate, a table of
+    pandas, a `ContextVar`, a weak reference). Hand such to the program as an argument. (It is
     refused where it shows: two runs on the same draws must say the same.)
 
     What a program leaves in Python (an attribute that holds its last draw) is left when it is
