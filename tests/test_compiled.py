@@ -402,9 +402,11 @@ class TestTheModule:
 
     def test_it_takes_tensors_and_plain_values(self) -> None:
         loss, x = pair()
-        with pytest.raises(ConfigError, match="got ndarray: pass torch"):
+        with pytest.raises(CompileError, match="got ndarray: pass torch"):
             pv.compile(loss, x.numpy(), backend="eager")
-        with pytest.raises(ConfigError, match="got range: have the program hold it"):
+        with pytest.raises(
+            CompileError, match="got range: pass its parts, or have the program hold it"
+        ):
             pv.compile(loss, x, range(3), backend="eager")
 
     def test_a_number_that_is_none_is_one_program(self) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pyro_vae import precision
 from pyro_vae.compiled.places import Territory
 from pyro_vae.compiled.program import Backend, Program, Results, signature
-from pyro_vae.errors import CompileError, ConfigError, PyroVAEError
+from pyro_vae.errors import CompileError, PyroVAEError
 from pyro_vae.seeding import generators_put_back
 
 logger = logging.getLogger("pyro_vae")
@@ -273,10 +273,10 @@ def _describe(leaf: Any) -> Any:
         return signature(leaf)
     if isinstance(leaf, _PLAIN):
         return type(leaf), repr(leaf)  # NaN is not equal to itself, and -0.0 is to 0.0
-    remedy = "have the program hold it, as an attribute or a global"
+    remedy = "pass its parts, or have the program hold it"
     if isinstance(leaf, np.ndarray | np.generic):
         remedy = "pass torch.as_tensor of it"
-    raise ConfigError(
+    raise CompileError(
         f"a compiled program takes tensors, numbers and strings, and lists, tuples and "
         f"dictionaries of these, got {type(leaf).__name__}: {remedy}"
     )
