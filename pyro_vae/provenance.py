@@ -17,7 +17,9 @@ ROWS = 4096  # at a time, so that no whole array is copied into float64
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("pyro-vae", "pyro-ppl", "torch", "numpy", "lightning-fabric")
-    return {"python": platform.python_version(), **{name: version_of(name) for name in packages}}
+    found = {name: version_of(name) for name in packages}
+    # which build it is as well, of which the package on PyPI says nothing
+    return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}
 
 
 @functools.cache  # it reads files
