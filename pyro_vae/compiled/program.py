@@ -176,10 +176,13 @@ class _Aside:
     def stand(self) -> bool:
         """Whether they are alike still, and one where they were one."""
         now = self._look()
-        if now is None or not all(isinstance(value, Tensor) for value in now):
+        if now is None:
             return False
         tied = all(map(is_, now, map(now.__getitem__, self._first)))
-        return tied and [*map(_ASSUMED, now)] == self._assumed
+        try:
+            return tied and [*map(_ASSUMED, now)] == self._assumed
+        except AttributeError:  # of what is no tensor any more
+            return False
 
 
 class _LookUp:
