@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import starmap
-from typing import Any
 
 import torch
 
-_BACKENDS = torch.backends
 _EXACT = ("none", "ieee")
-_NAMES = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+_PARTS = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
 
 
 def of_products() -> tuple[str, ...]:
     """What torch may make of float32 in matrix products and convolutions, on a GPU and on a CPU:
     "none" and "ieee" are float32, "tf32" and "bf16" less. Unlike torch's own word for it
     (`get_float32_matmul_precision`), it is there however it was set."""
-    # at every compiled step: by way of `_parts` it takes ten times as long
-    return tuple(starmap(torch._C._get_fp32_precision_getter, _NAMES))
+    # at every compiled step: by way of torch.backends it takes ten times as long
+    return tuple(starmap(torch._C._get_fp32_precision_getter, _PARTS))
 
 
 def is_reduced(device: torch.device, convolutions: bool) -> bool:
@@ -43,20 +41,19 @@ def products(tf32: bool) -> Iterator[None]:
     by_parts = of_products()
     try:
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        _BACKENDS.cudnn.allow_tf32 = tf32
-        for part in _parts():  # one that follows what was said of them all
-            if not tf32 and part.fp32_precision not in _EXACT:
-                part.fp32_precision = "ieee"
+        torch.backends.cudnn.allow_tf32 = tf32
+        for part, precision in zip(_PARTS, of_products(), strict=True):
+            if not tf32 and precision not in _EXACT:  # it follows what was said of them all
+                torch._C._set_fp32_precision_setter(*part, "ieee")
         yield
     finally:
         if in_a_word is not None:
             torch.set_float32_matmul_precision(in_a_word)
-        for part, precision in zip(_parts(), by_parts, strict=True):
-            if part.fp32_precision != precision:
-                part.fp32_precision = precision
+        put_back(by_parts)
 
 
-def _parts() -> tuple[Any, ...]:
-    cuda: Any = _BACKENDS.cudnn  # torch's hints know no parts of these two
-    cpu: Any = _BACKENDS.mkldnn
-    return _BACKENDS.cuda.matmul, cuda.conv, cpu.matmul, cpu.conv
+def put_back(before: tuple[str, ...]) -> None:
+    """Have products as `of_products` told before."""
+    for part, now, then in zip(_PARTS, of_products(), before, strict=True):
+        if now != then:
+            torch._C._set_fp32_precision_setter(*part, then)

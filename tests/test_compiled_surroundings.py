@@ -361,8 +361,7 @@ class TestPrecision:
         before = precision.of_products()
         yield
         torch.set_float32_matmul_precision("highest")
-        for part, value in zip(precision._parts(), before, strict=True):
-            part.fp32_precision = value
+        precision.put_back(before)
 
     def test_a_program_compiles_however_it_was_set(self) -> None:
         compiled = pv.compile(pv.ELBO()(lambda x: observe(x, draw()), guide), X, backend="eager")

@@ -58,18 +58,18 @@ def lay_out(graph: fx.GraphModule) -> None:
     which case maps and flat vector are one."""
     written = {_root(node) for node in graph.graph.nodes if is_in_place(node)}
     shapes = _shapes_of_maps(graph)
-    for node in graph.graph.nodes:
-        if node.target not in _FLATTENS or _root(node) in written:
-            continue
+    flattened = [
+        node for node in graph.graph.nodes
+        if node.target in _FLATTENS and _root(node) not in written
+    ]  # fmt: skip
+    for node in flattened:
         if _merges_channels(node, shapes):
             maps: Any = node.args[0]
             with graph.graph.inserting_before(node):
                 laid_out = graph.graph.call_function(_LAID_OUT, (maps,))
             laid_out.meta.update(maps.meta)
             node.replace_input_with(maps, laid_out)
-    for node in graph.graph.nodes:
-        if node.target not in _FLATTENS or _root(node) in written:
-            continue
+    for node in flattened:
         if _parts_channels(node, shapes):
             _put_after(node, torch.channels_last)
     graph.recompile()

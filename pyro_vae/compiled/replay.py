@@ -74,7 +74,7 @@ class Replayed:
 
     def _try_to_capture(self, captured: _Captured, call: Call, device: torch.device) -> None:
         if call.program.obstacle is not None:
-            _tell(call.program.obstacle)
+            _warn(call.program.obstacle)
             return
         captured.buffers = [_memory(argument).clone() for argument in call.arguments]
         onto_buffers = call.given([
@@ -86,7 +86,7 @@ class Replayed:
         except RuntimeError as error:
             self._failed = True
             self._captured.clear()
-            _tell(str(error).strip().splitlines()[0])
+            _warn(str(error).strip().splitlines()[0])
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _memory(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((last + 1 if tensor.numel() else 0,), (1,))
 
 
-def _tell(reason: str) -> None:
+def _warn(reason: str) -> None:
     warnings.warn(f"running without a captured CUDA graph: {reason}", stacklevel=6)
 
 
