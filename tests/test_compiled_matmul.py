@@ -14,6 +14,10 @@ from pyro_vae.compiled.backend import inductor
 pytestmark = pytest.mark.skipif(not matmul.available(), reason="this PyTorch has no oneDNN")
 
 PRODUCT = torch.ops.pyro_vae.product.default
+SINGLE, LESS = torch.float32, torch.bfloat16
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no products in bfloat16"
+)
 
 
 def step(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
@@ -39,10 +43,13 @@ def num_products(graph: fx.GraphModule) -> int:
     return sum(node.target is PRODUCT for node in graph.graph.nodes)
 
 
+@pytest.mark.parametrize("dtype", [SINGLE, pytest.param(LESS, marks=needs_bfloat16)])
 @pytest.mark.parametrize("always", [True, False])
-def test_the_faster_way_computes_the_same(always: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_way_computes_the_same(
+    always: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf") if always else 0.0)
-    args = layer(128)
+    args = layer(128, dtype)
     graph = graph_of(step, *args)
     assert num_products(graph) == (3 if always else 0)
     for got, expected, exact in zip(
@@ -54,8 +61,12 @@ def test_the_faster_way_computes_the_same(always: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("args", "why"),
-    [(layer(4), "small"), (layer(128, torch.float64), "not fp32")],
-    ids=["small", "double"],
+    [
+        (layer(4), "small"),
+        (layer(128, torch.float64), "more than single"),
+        (layer(128, torch.float16), "of a precision that is timed nowhere"),
+    ],
+    ids=["small", "double", "half"],
 )
 def test_other_products_stay(args: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf"))
@@ -79,7 +90,12 @@ def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.Mon
 
 def test_a_bias_that_stays_is_added_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_WORTHWHILE", 0.0)
-    for args, moved in ((layer(128), True), (layer(4), True), (layer(128, torch.float64), False)):
+    for args, moved in (
+        (layer(128), True),
+        (layer(4), True),
+        (layer(128, torch.float64), False),
+        (layer(128, LESS), False),  # it would be rounded twice
+    ):
         graph = graph_of(step, *args)
         matmul.FasterProducts()(graph.graph)
         graph.recompile()
@@ -88,6 +104,23 @@ def test_a_bias_that_stays_is_added_afterwards(monkeypatch: pytest.MonkeyPatch) 
         assert all("val" in node.meta for node in graph.graph.nodes if node.op == "call_function")
         for got, expected in zip(graph(*args), step(*args), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+@needs_bfloat16
+def test_each_precision_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[Any, ...]] = []
+
+    def note(*layouts: Any) -> bool:
+        timed.append(layouts)
+        return False
+
+    monkeypatch.setattr(matmul, "_faster", note)
+    for dtype in (SINGLE, LESS):
+        num_products(graph_of(step, *layer(128, dtype)))
+    assert [{layout[2] for layout in layouts if layout} for layouts in timed] == (
+        [{SINGLE}] * 3 + [{LESS}] * 3
+    )
+    assert matmul._example(*timed[-1][0]).dtype is LESS
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.ir import ExternKernel
-from torch._inductor.lowering import register_lowering
 
 from pyro_vae.compiled import one_channel
 from pyro_vae.compiled.answers import is_alias, is_in_place
 from pyro_vae.compiled.biases import PRECISE
+from pyro_vae.compiled.in_memory import in_memory
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -36,21 +35,6 @@ _PRODUCTS: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]] = {
     False: (one_channel.convolution, one_channel.convolution_backward),
     True: (one_channel.transposed_convolution, one_channel.transposed_convolution_backward),
 }
-
-_library = torch.library.Library("pyro_vae", "FRAGMENT")
-_library.define("laid_out(Tensor maps) -> Tensor")
-_library.impl("laid_out", lambda maps: maps.clone(memory_format=torch.contiguous_format), "CPU")
-_LAID_OUT = torch.ops.pyro_vae.laid_out.default
-
-
-@torch.library.register_fake("pyro_vae::laid_out", lib=_library)
-def _like(maps: Tensor) -> Tensor:
-    return torch.empty_like(maps, memory_format=torch.contiguous_format)
-
-
-@register_lowering(_LAID_OUT, type_promotion_kind=None)
-def _in_memory(maps: Any) -> Any:
-    return ExternKernel.require_contiguous(maps)
 
 
 def lay_out(graph: fx.GraphModule) -> None:
@@ -66,7 +50,7 @@ def lay_out(graph: fx.GraphModule) -> None:
         if _merges_channels(node, shapes):
             maps: Any = node.args[0]
             with graph.graph.inserting_before(node):
-                laid_out = graph.graph.call_function(_LAID_OUT, (maps,))
+                laid_out = graph.graph.call_function(in_memory, (maps,))
             laid_out.meta.update(maps.meta)
             node.replace_input_with(maps, laid_out)
     for node in flattened:
@@ -163,7 +147,7 @@ def _viewed(node: fx.Node) -> Iterator[fx.Node]:
         if any(user.target in _VIEWS for user in current.users):
             yield current
         for user in current.users:
-            if user not in seen and _may_take_on(user) and user.target is not _LAID_OUT:
+            if user not in seen and _may_take_on(user) and user.target is not in_memory:
                 seen.add(user)
                 ahead.append(user)
 

@@ -2,12 +2,14 @@
 
 The vector library that TorchInductor calls is right to one unit of the last place of float32, and
 takes several times as long as a quotient of polynomials that is right to two or four. A sigmoid and
-a cross entropy of the same logits share their exponential.
+a cross entropy of the same logits share their exponential. What is of less than float32 is computed
+in float32 and rounded once, as torch does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,6 +29,17 @@ _REACH = 7.90531110763549805
 _ARTANH = tuple(1 / k for k in range(17, 0, -2))
 
 
+def _in_single(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function computed in float32, its result of the argument's precision."""
+
+    @wraps(function)
+    def computed(x: Tensor) -> Tensor:
+        return function(x.float()).to(x.dtype)
+
+    return computed
+
+
+@_in_single
 def tanh(x: Tensor) -> Tensor:
     """The hyperbolic tangent, to four units of the last place of float32."""
     x = x.clamp(-_REACH, _REACH)
@@ -41,11 +54,13 @@ def log_one_plus(x: Tensor) -> Tensor:
     return 2 * s * _polynomial(_ARTANH, s * s)
 
 
+@_in_single
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x))."""
     return x.clamp(min=0) + log_one_plus((-x.abs()).exp())
 
 
+@_in_single
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)), by the exponential that the cross entropy of x needs as well."""
     small = (-x.abs()).exp()
@@ -68,30 +83,30 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
     return value
 
 
-# by operation: what stands for it where its arguments after the tensors are these
-_INSTEAD: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
-    torch.ops.aten.tanh.default: (tanh, ()),
-    torch.ops.aten.sigmoid.default: (sigmoid, ()),
-    torch.ops.aten.softplus.default: (softplus, ()),
-    # no weights, no reduction
+_SINGLE = (torch.float32,)
+_AT_MOST_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+# by operation: what stands for it where its arguments after the tensors are these, and of what
+_INSTEAD: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...], tuple[torch.dtype, ...]]] = {
+    torch.ops.aten.tanh.default: (tanh, (), _AT_MOST_SINGLE),
+    torch.ops.aten.sigmoid.default: (sigmoid, (), _AT_MOST_SINGLE),
+    torch.ops.aten.softplus.default: (softplus, (), _AT_MOST_SINGLE),
+    # no weights, no reduction; of less than float32 torch rounds every term
     torch.ops.aten.binary_cross_entropy_with_logits.default: (
-        cross_entropy_of_logits, (None, None, 0)
+        cross_entropy_of_logits, (None, None, 0), _SINGLE
     ),
 }  # fmt: skip
 
 
 def approximate(graph: fx.GraphModule) -> None:
-    """Replace these functions where they are of float32 on a CPU."""
+    """Replace these functions where they are of float32, or of what is computed in it, on a CPU."""
     for node in graph.graph.nodes:
         if node.target not in _INSTEAD or node.kwargs:
             continue
-        function, further = _INSTEAD[node.target]
+        function, further, dtypes = _INSTEAD[node.target]
         tensors = node.all_input_nodes
-        if node.args == (*tensors, *further) and all(map(_is_single_on_cpu, tensors)):
+        values = [tensor.meta["val"] for tensor in tensors]
+        if node.args == (*tensors, *further) and all(
+            value.dtype in dtypes and value.device.type == "cpu" for value in values
+        ):
             node.target, node.args = function, tuple(tensors)
     graph.recompile()
-
-
-def _is_single_on_cpu(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    return value.dtype is torch.float32 and value.device.type == "cpu"

@@ -5,7 +5,8 @@ carries as well, is about twice as fast at the same precision; on others it is n
 product of a compiled graph is timed both ways, on its own shape and layout, and takes the faster.
 The choice is part of what torch keeps in its compilation cache. A bias that is left to the BLAS is
 added afterwards, by the kernel that goes on with the result: the BLAS would have it copied into
-every row first.
+every row first. Products in bfloat16 are oneDNN's either way: which of PyTorch's two paths to it is
+the shorter depends on the layout, so they are timed too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _ROUNDS = 15
 _WORTHWHILE = 0.9
 _PERMUTE = torch.ops.aten.permute.default
 _MM, _ADD = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
+# how far apart two results may be, relatively, that are equally right
+_APART = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,7 +86,7 @@ class FasterProducts(CustomGraphPass):
             with graph.inserting_before(node):
                 if choices[key]:
                     new = graph.call_function(_PRODUCT, operands)
-                elif bias is not None:
+                elif bias is not None and bias.meta["val"].dtype is torch.float32:
                     new = graph.call_function(_MM, tuple(factors))
                     new.meta.update(node.meta)
                     new = graph.call_function(_ADD, (new, bias))
@@ -102,7 +106,7 @@ def available() -> bool:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """`(a, b, bias)` if the node is a fp32 product on the CPU that oneDNN could take."""
+    """`(a, b, bias)` if the node is a product on the CPU that oneDNN could take."""
     if node.target is _MM:
         a, b = node.args
         bias = None
@@ -113,7 +117,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     given = [operand for operand in (a, b, bias) if operand is not None]
     values = [operand.meta["val"] for operand in given if isinstance(operand, fx.Node)]
     if len(values) < len(given) or any(
-        v.dtype != torch.float32 or v.device.type != "cpu" for v in values
+        v.dtype not in _APART or v.device.type != "cpu" for v in values
     ):
         return None
     if bias is not None and values[2].dim() != 1:
@@ -121,8 +125,11 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     return a, b, bias  # type: ignore[return-value]
 
 
-def _layout(operand: fx.Node | None) -> tuple[torch.Size, tuple[int, ...]] | None:
-    return None if operand is None else (operand.meta["val"].shape, operand.meta["val"].stride())
+def _layout(operand: fx.Node | None) -> _Layout | None:
+    if operand is None:
+        return None
+    value = operand.meta["val"]
+    return value.shape, value.stride(), value.dtype
 
 
 def _is_large(a: Any, b: Any, bias: Any) -> bool:
@@ -131,21 +138,21 @@ def _is_large(a: Any, b: Any, bias: Any) -> bool:
     return rows * inner * columns >= _SMALLEST
 
 
-def _example(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+def _example(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of this layout whose values are all about, made without drawing from a generator."""
     values = (torch.arange(shape.numel(), dtype=torch.float32) % 17 / 8 - 1).view(shape)
-    return torch.empty_strided(shape, stride, dtype=torch.float32).copy_(values)
+    return torch.empty_strided(shape, stride, dtype=dtype).copy_(values)
 
 
-def _faster(*layouts: tuple[torch.Size, tuple[int, ...]] | None) -> bool:
+def _faster(*layouts: _Layout | None) -> bool:
     """Whether oneDNN takes operands of these layouts, and is the faster at them."""
     operands = [None if layout is None else _example(*layout) for layout in layouts]
     ways: tuple[Callable[..., Tensor], ...] = (_aten, _onednn)
     try:
         expected, got = (way(*operands) for way in ways)
-    except RuntimeError:  # a layout that oneDNN refuses
+    except RuntimeError:  # a layout that oneDNN refuses, or a precision that the CPU has not
         return False
-    if not torch.allclose(expected, got, rtol=1e-4):
+    if not torch.allclose(expected, got, rtol=_APART[expected.dtype]):
         return False
     fastest = [float("inf")] * 2
     for _ in range(_ROUNDS):  # in turns, so that a busy moment hits both; the best round counts

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_vae.compiled.biases import bias_gradient, rows_of
+from pyro_vae.compiled.in_memory import in_memory
 
 
 def convolution(
@@ -70,7 +71,7 @@ def transposed_convolution_backward(
 def _windows(images: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
     """What the kernel sees from each place: `(batch, height, width, *kernel)`, places of maps."""
     height, width = weight.shape[2:]
-    framed = pad(images[:, 0], (padding[1], padding[1], padding[0], padding[0]))
+    framed = in_memory(pad(images[:, 0], (padding[1], padding[1], padding[0], padding[0])))
     return framed.unfold(1, height, stride[0]).unfold(2, width, stride[1])
 
 
@@ -81,8 +82,8 @@ def _spread(
     batch, _, height, width = maps.shape
     spread = (rows_of(maps) @ weight.flatten(1)).view(batch, height, width, *weight.shape[2:])
     spread = spread.transpose(2, 3)  # batch, height, kernel height, width, kernel width
-    rows = _overlapped(spread, stride[1], padding[1], size[1], 3)
-    return _overlapped(rows, stride[0], padding[0], size[0], 1)[:, None]
+    rows = in_memory(_overlapped(spread, stride[1], padding[1], size[1], 3))
+    return in_memory(_overlapped(rows, stride[0], padding[0], size[0], 1)[:, None])
 
 
 def _overlapped(spread: Tensor, stride: int, padding: int, size: int, dim: int) -> Tensor:
