@@ -61,7 +61,7 @@ def write_studies(
 
 
 def add(name: str, command: str, results: Any, figure: Figure | None = None) -> Path:
-    """As `write`, beside the results of other machines: how much faster one way is than another is
+    """As `write`, after the results of other machines: how much faster one way is than another is
     a property of the machine. The figure of a GPU is `results/NAME_cuda.png`.
 
     Args:
@@ -73,8 +73,11 @@ def add(name: str, command: str, results: Any, figure: Figure | None = None) -> 
     stored: dict[str, Any] = {"studies": {}, "results": {}}
     if (RESULTS / f"{name}.json").exists():
         stored = read(name)
-    studies = {**stored["studies"], place: made}
-    report = {"studies": studies, "results": {**stored["results"], place: results}}
+    new = {"studies": made, "results": results}
+    report = {
+        part: {**{k: v for k, v in stored[part].items() if k != place}, place: new[part]}
+        for part in stored
+    }
     return _save(name, report, figure, f"{name}_cuda" if on_gpu else name)
 
 

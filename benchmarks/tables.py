@@ -21,7 +21,11 @@ from benchmarks.report import RESULTS
 READMES = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
 PARTS = ("train", "test")
 STAGES, OTHERS = ("start", "middle", "end"), ("monte_carlo", "stl")
-SOURCES = {"kl_noise": "kl_estimators_digits"}  # of tables that share their results with others
+SOURCES = {  # of tables that share their results with others
+    "kl_noise": "kl_estimators_digits",
+    "train_step_by_machine": "train_step",
+    "start_up_by_machine": "start_up",
+}
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -261,9 +265,14 @@ def _compiled_evaluations(machine: str, found: dict[str, Any]) -> str:
 
 
 def train_step(report: dict[str, Any]) -> str:
-    """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios; a table for
-    each processor."""
-    return _by_machine(report, lambda machine, found: _steps(machine, found["models"]))
+    """`benchmarks.train_step`: the compiled step over each peer's, medians of ratios, where it was
+    measured last."""
+    return _latest(report, _steps)
+
+
+def train_step_by_machine(report: dict[str, Any]) -> str:
+    """The same, on every machine."""
+    return _by_machine(report, _steps)
 
 
 def _by_machine(report: dict[str, Any], draw: Callable[[str, dict[str, Any]], str]) -> str:
@@ -271,18 +280,25 @@ def _by_machine(report: dict[str, Any], draw: Callable[[str, dict[str, Any]], st
     return "\n\n".join(draw(machine, found) for machine, found in report["results"].items())
 
 
-def _steps(machine: str, models: dict[str, Any]) -> str:
+def _latest(report: dict[str, Any], draw: Callable[[str, dict[str, Any]], str]) -> str:
+    """A table for the machine of the latest results."""
+    return draw(*list(report["results"].items())[-1])
+
+
+def _steps(machine: str, found: dict[str, Any]) -> str:
+    models = found["models"]
+
     def row(name: str, values: list[float | None], end: str = "") -> list[str]:
         shown = ["–" if v is None else f"{v:.3f}" if v < 0.1 else f"{v:.2f}" for v in values]
         return [name, *(s if s == "–" else s + end for s in shown)]
 
-    found = models.values()
-    rows = [row("compiled", [m["milliseconds"]["compiled"] for m in found], " ms")]
-    for peer in dict.fromkeys(peer for m in found for peer in m["ours_over"]):
-        rows.append(row(f"over {peer}", [m["ours_over"].get(peer) for m in found]))
-    at_once = [m.get("all_at_once_over", {}) for m in found]
+    each = models.values()
+    rows = [row("compiled", [m["milliseconds"]["compiled"] for m in each], " ms")]
+    for peer in dict.fromkeys(peer for m in each for peer in m["ours_over"]):
+        rows.append(row(f"over {peer}", [m["ours_over"].get(peer) for m in each]))
+    at_once = [m.get("all_at_once_over", {}) for m in each]
     if any(at_once):  # of a benchmark before `steps`, there is none
-        times = [m["milliseconds"]["compiled, steps"] for m in found]
+        times = [m["milliseconds"]["compiled, steps"] for m in each]
         rows.append(row("compiled, `steps`", times, " ms"))
         loop = "NumPyro fori_loop"
         rows.append(row(f"over {loop}", [ratios.get(loop) for ratios in at_once]))
@@ -290,7 +306,13 @@ def _steps(machine: str, models: dict[str, Any]) -> str:
 
 
 def start_up(report: dict[str, Any]) -> str:
-    """`benchmarks.train_step`: what comes before the first compiled step, and the memory."""
+    """`benchmarks.train_step`: what comes before the first compiled step, and the memory, where it
+    was measured last."""
+    return _latest(report, _start_up)
+
+
+def start_up_by_machine(report: dict[str, Any]) -> str:
+    """The same, on every machine."""
     return _by_machine(report, _start_up)
 
 
