@@ -271,7 +271,7 @@ def train_step(report: dict[str, Any]) -> str:
 
 
 def train_step_by_machine(report: dict[str, Any]) -> str:
-    """The same, on every machine."""
+    """`benchmarks.train_step`: the same, on every machine."""
     return _by_machine(report, _steps)
 
 
@@ -312,7 +312,7 @@ def start_up(report: dict[str, Any]) -> str:
 
 
 def start_up_by_machine(report: dict[str, Any]) -> str:
-    """The same, on every machine."""
+    """`benchmarks.train_step`: the same, on every machine."""
     return _by_machine(report, _start_up)
 
 
