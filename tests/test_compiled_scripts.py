@@ -17,6 +17,7 @@ from pyro.infer import (
 from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import pyro_vae as pv
 from pyro_vae.compiled import convolutions
@@ -126,6 +127,30 @@ def test_heads_of_attention_are_no_maps() -> None:
     before = [node.target for node in graph.graph.nodes]
     convolutions.lay_out(graph)
     assert [node.target for node in graph.graph.nodes] == before
+
+
+class Checkpointed(nn.Module):
+    """A layer whose forward pass is run again in the backward pass, its draws put back."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.network, x, use_reentrant=False)
+
+
+def test_a_checkpoint_without_draws() -> None:
+    found = []
+    for kind in (SVI, pv.CompiledSVI):
+        torch.manual_seed(1)
+        found.append(steps(kind, model, Guide(Checkpointed(0.0)), Trace_ELBO()))
+    assert found[1] == pytest.approx(found[0], rel=1e-8)
+
+
+def test_draws_of_a_checkpoint_are_refused_by_name() -> None:
+    with pytest.raises(CompileError, match=r"torch\.utils\.checkpoint"):
+        steps(pv.CompiledSVI, model, Guide(Checkpointed(0.5)), Trace_ELBO())
 
 
 class TestPyrosInterface:

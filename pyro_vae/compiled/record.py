@@ -29,8 +29,8 @@ Run = Callable[[], tuple[Sequence[Tensor], Any]]
 _ATTEMPTS = 3
 STANDS_STILL = (
     "Does the program draw from a generator of its own, read a clock or an iterator, or keep count "
-    "in Python? Those stand still in a compiled program. If not, run without compiling, and please "
-    "report it"
+    "in Python? Those stand still in a compiled program. Does it draw in a torch.utils.checkpoint? "
+    "Leave that out. If not, run without compiling, and please report it"
 )
 _REGISTERED = ("_parameters", "_buffers", "_params")
 
