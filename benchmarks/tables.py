@@ -301,7 +301,7 @@ def _steps(machine: str, found: dict[str, Any]) -> str:
         times = [m["milliseconds"]["compiled, steps"] for m in each]
         rows.append(row("compiled, `steps`", times, " ms"))
         loop = "NumPyro fori_loop"
-        rows.append(row(f"over {loop}", [ratios.get(loop) for ratios in at_once]))
+        rows.append(row(f"`steps` over {loop}", [ratios.get(loop) for ratios in at_once]))
     return table([machine, *models], rows)
 
 
