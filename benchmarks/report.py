@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,28 @@ from matplotlib.figure import Figure
 
 from pyro_vae.provenance import versions
 
+PEERS = ("numpyro", "jax", "pythae")
 ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, device and versions."""
+    """Processor, threads, device and versions, those of what is compared with among them."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": versions(),
+        "versions": versions() | _versions_of_peers(),
     }
+
+
+def _versions_of_peers() -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in PEERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def provenance(command: str) -> dict[str, Any]:

@@ -106,6 +106,8 @@ def steps(case: Case) -> dict[str, Callable[[], Step]]:
     made[f"Pyro {kind}, validation off"] = partial(pyro_svi, case, loss, validation=False)
     made[BY_HAND] = lambda: by_hand(case, compile=False)
     made[f"{BY_HAND}, torch.compile"] = lambda: by_hand(case, compile=True)
+    if (case.samples or 1) > 1:
+        made[f"{BY_HAND}, denormals flushed"] = lambda: denormals_flushed(case)
     if case.samples is not None and pythae_peer.is_installed():
         made["pythae"] = lambda: pythae(case)
     return made
@@ -154,6 +156,12 @@ def by_hand(case: Case, compile: bool) -> Step:
         return value.item()
 
     return step
+
+
+def denormals_flushed(case: Case) -> Step:
+    """The step by hand in a process that takes numbers below 1e-38 for zero."""
+    torch.set_flush_denormal(True)
+    return by_hand(case, compile=False)
 
 
 def pythae(case: Case) -> Step:

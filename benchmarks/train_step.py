@@ -6,12 +6,14 @@ Every contender has a process of its own that sleeps until its turn, so that non
 how threads or memory are set. In its turn, round after round, it takes a few steps that are not
 timed and then some that are; reported are medians over the rounds, the fastest rounds, and the
 medians of the ratios within a round. "Memory kept" is a process whose malloc is told by environment
-variables what `pyro_vae.compiled.memory` tells it. All full fp32 (JAX would multiply in TF32 on a
-GPU unless told), all reading the loss at every step, except NumPyro's `fori_loop` and `steps` of
-ours, which take all of a turn's steps at once. On a GPU where torch sees one. NumPyro and pythae
-take part where they are installed. Also reported: what the first compiled step takes, with an empty
-compilation cache and with one on disk, the peak memory, and the import time of `pyro_vae` against
-`import pyro`.
+variables what `pyro_vae.compiled.memory` tells it. "Denormals flushed" is one that takes numbers
+below 1e-38 for zero, as XLA does: most of many importance weights are soon such, with which
+processors multiply several times as slowly, and which `pv.IWAE` leaves out. All full fp32 (JAX
+would multiply in TF32 on a GPU unless told), all reading the loss at every step, except NumPyro's
+`fori_loop` and `steps` of ours, which take all of a turn's steps at once. On a GPU where torch sees
+one. NumPyro and pythae take part where they are installed. Also reported: what the first compiled
+step takes, with an empty compilation cache and with one on disk, the peak memory, and the import
+time of `pyro_vae` against `import pyro`.
 
 The threads of PyTorch spin while they wait, which on a machine with other work costs milliseconds:
 there, set GOMP_SPINCOUNT=0. The load average stands in the results.

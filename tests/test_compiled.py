@@ -192,6 +192,21 @@ class TestWhatInvalidatesAGraph:
         assert programs(compiled) == 3
         assert full[0] != mixed[0]  # there was something to cast
 
+    def test_which_libraries_compute_does(self, loss: nn.Module, compiled: Any) -> None:
+        """Their results are laid out in memory as each likes."""
+        for switch, usual in (
+            (torch._C._set_mkldnn_enabled, True),
+            (torch._C._set_cudnn_enabled, True),
+            (torch.use_deterministic_algorithms, False),
+        ):
+            try:
+                switch(not usual)
+                agree(loss, compiled, binary())
+            finally:
+                switch(usual)
+            agree(loss, compiled, binary())
+        assert programs(compiled) == 4
+
     def test_no_grad_does(self, compiled: Any) -> None:
         with torch.no_grad():
             assert not compiled(binary()).requires_grad

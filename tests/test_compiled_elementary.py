@@ -106,8 +106,11 @@ def everything(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_where_they_are_put() -> None:
-    def number(x: Tensor) -> int:
+    def number(x: Tensor, device: str = "cpu") -> int:
         graph = make_fx(everything)(x)
+        for node in graph.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = node.meta["val"].to(device)
         elementary.approximate(graph)
         for got, want in zip(graph(x), everything(x), strict=True):
             torch.testing.assert_close(got, want)
@@ -118,6 +121,7 @@ def test_where_they_are_put() -> None:
     # not the cross entropy, of which torch rounds every term
     assert number(x.bfloat16()) == number(x.half()) == 3
     assert number(x.double()) == 0
+    assert number(x, "meta") == 0  # no CPU
 
 
 def test_in_generated_code() -> None:

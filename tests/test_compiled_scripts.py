@@ -185,6 +185,23 @@ class TestPyrosInterface:
         for kind in (SVI, pv.CompiledSVI):
             assert steps(kind, lambda x: None, lambda x: None, Trace_ELBO()) == [0.0] * 3
 
+    @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("optim", [Adam({"lr": 0.1}), None])
+    def test_no_step_is_taken_without_gradients(self, off: Any, optim: Any) -> None:
+        encoder = Guide(nn.Linear(6, 2))
+        before = encoder.encoder.weight.detach().clone()
+        optim = optim or torch.optim.Adam(encoder.parameters(), 0.1)
+        svi = pv.CompiledSVI(model, encoder, optim, Trace_ELBO(), backend="eager")
+        with off():
+            for take in (lambda: svi.step(X), lambda: svi.steps(X.expand(2, *X.shape))):
+                with pytest.raises(ConfigError, match="gradients are off"):
+                    take()
+        with torch.no_grad():
+            assert svi.evaluate_loss(X) > 0
+        assert torch.equal(encoder.encoder.weight, before)
+        svi.step(X)
+        assert not torch.equal(encoder.encoder.weight, before)
+
 
 class TestLosses:
     def test_gradients_of_its_own_are_refused(self) -> None:

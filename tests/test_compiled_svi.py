@@ -161,6 +161,32 @@ class TestInductor:
         # torch could keep the graph on disk
         assert counters["inductor"]["fxgraph_cache_bypass"] == bypassed
 
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_what_opts_out_of_autocast_is_precise(self, backend: str) -> None:
+        """A graph carries its casts: it is neither compiled nor run under autocast."""
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 4, 3, stride=2), nn.Conv2d(4, 2, 3), nn.Linear(2 * 3, 8)
+        convolution, further, linear = (layer.float() for layer in layers)
+
+        def loss(model: Any, guide: Any, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                maps = further(convolution(x).tanh())
+                return linear(maps.flatten(2).flatten(1).tanh()).square().sum()
+
+        nothing = lambda x: None  # noqa: E731
+        parameters = [p for layer in layers for p in layer.parameters()]
+        x = torch.randn(16, 1, 7, 11).float()
+        expected = [loss(None, None, x)]
+        expected += torch.autograd.grad(expected[0], parameters)
+        optim = torch.optim.SGD(parameters, 1.0)
+        before = [p.detach().clone() for p in parameters]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = pv.CompiledSVI(nothing, nothing, optim, loss, backend=backend).step(x)
+        assert found == pytest.approx(expected[0].item(), rel=1e-6)
+        for p, was, gradient in zip(parameters, before, expected[1:], strict=True):
+            largest = gradient.abs().max().item()
+            torch.testing.assert_close(was - p, gradient, rtol=1e-5, atol=1e-5 * largest)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_a_difference_of_equal_products_is_zero(self, dtype: torch.dtype) -> None:
         """As it is not where a product and a sum are rounded once: a graph checked on points that

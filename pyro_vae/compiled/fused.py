@@ -288,6 +288,10 @@ def _surroundings() -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.get_default_dtype(),
         precision.of_products(),
+        # by which libraries, whose results are laid out in memory as each likes
+        torch._C._get_mkldnn_enabled(),
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_deterministic_algorithms(),
         tuple(
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             for device in ("cpu", "cuda")

@@ -101,7 +101,7 @@ class Program:
         self._wanted = [positions[id(t)] for t in wanted]
         self._num_outputs = len(recording.outputs)
         traced = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():  # the graph carries its casts
             self._call = backend(graph, [inputs[i] for i in used])
         again = partial(rerun, run, arguments, territory, recording)
         self._check(recording, [inputs[i] for i in used], territory, again, coarsest(graph))
@@ -119,7 +119,7 @@ class Program:
 
     def __call__(self, inputs: list[Tensor]) -> Results:
         """Run the graph on what `inputs` returned."""
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():
             values = self._call(*inputs)
         return Results(
             list(values[: self._num_outputs]),

@@ -286,7 +286,9 @@ def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
     """d loss / d each, None for those that it does not depend on or where gradients are off."""
     if not (torch.is_grad_enabled() and loss.requires_grad and wanted):
         return [None] * len(wanted)
-    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
+    # as torch advises, or what opts out of autocast would do so forwards only
+    with torch._C._DisableAutocast():
+        return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def _inventory(territory: Territory) -> Counter[tuple[str, Any]]:

@@ -116,6 +116,7 @@ class CompiledSVI:
         """Take a gradient step; returns the loss, in nats. Arguments go to model and guide.
 
         Raises:
+            ConfigError: gradients are off (`torch.no_grad`).
             NonFiniteError: the loss or its gradient is NaN or infinite. Parameters and the
                 optimizer's state are those from before the step; where the update is in the graph,
                 buffers are too.
@@ -139,7 +140,7 @@ class CompiledSVI:
             The losses `(n,)`, in nats, each from before its step.
 
         Raises:
-            ConfigError: not all are tensors of the same length, one or more.
+            ConfigError: not all are tensors of the same length, one or more; gradients are off.
             NonFiniteError: as `step` does, and names the first such step. On a GPU it is raised
                 after the last: the steps that were not finite changed nothing, the others were
                 taken.
@@ -166,6 +167,11 @@ class CompiledSVI:
         self, take: Callable[..., Taken | None] | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The loss and whether a step was taken: by `take`, or where that cannot, apart."""
+        if not torch.is_grad_enabled():
+            raise ConfigError(
+                "a step takes a gradient, and gradients are off here (torch.no_grad, or "
+                "torch.inference_mode): call evaluate_loss for the loss alone"
+            )
         taken = None if take is None else take(*args, **kwargs)
         if taken is None:
             return self._step_apart(*args, **kwargs)
@@ -179,15 +185,14 @@ class CompiledSVI:
 
     def _step_apart(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The loss, and whether it and its gradient are finite; then the optimizer's own step."""
-        with torch.enable_grad():
-            call = self._loss.prepare(*args, **kwargs)
-            results = call.run()
-            loss = results.outputs[0].detach()
-            finite = torch.stack([t.isfinite().all() for t in (loss, *results.gradients)]).all()
-            if not finite:
-                return loss, finite
-            if results.wanted:
-                call.differentiable(results)[0][0].backward()
+        call = self._loss.prepare(*args, **kwargs)
+        results = call.run()
+        loss = results.outputs[0].detach()
+        finite = torch.stack([t.isfinite().all() for t in (loss, *results.gradients)]).all()
+        if not finite:
+            return loss, finite
+        if results.wanted:
+            call.differentiable(results)[0][0].backward()
         if isinstance(self.optim, PyroOptim):
             found = [
                 call.inputs[place] if isinstance(place, int) else place.get()
