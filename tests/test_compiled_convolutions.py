@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import metrics
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import conv2d, conv_transpose2d
 
@@ -259,6 +260,32 @@ def test_what_is_made_of_a_row_is_laid_out(function: Callable[..., Tensor], laid
     put = (node for node in graph.graph.nodes if node.target is convolutions._CONTIGUOUS)
     assert any(node.kwargs["memory_format"] is torch.channels_last for node in put) == laid_out
     torch.testing.assert_close(graph(IMAGES, FILTERS), function(IMAGES, FILTERS))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
+def test_what_lies_in_memory_is_computed_once() -> None:
+    def results(function: Callable[[Tensor], list[Tensor]]) -> int:
+        """That TorchInductor computes, before it fuses them."""
+        metrics.reset()
+        inductor(make_fx(function, tracing_mode="fake")(IMAGES), [IMAGES])
+        return metrics.ir_nodes_pre_fusion
+
+    assert results(lambda x: [x.sin() + 1]) == 1
+    assert results(lambda x: [in_memory(x.sin()) + 1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "maps", "count"),
+    [
+        (one_channel.convolution, IMAGES, 1),  # the images with their frame
+        (one_channel.transposed_convolution, torch.randn(4, 8, 5, 5), 2),  # rows, then images
+    ],
+)
+def test_what_is_read_again_lies_in_memory(
+    function: Callable[..., Tensor], maps: Tensor, count: int
+) -> None:
+    graph = make_fx(lambda x, weight: function(x, weight, None, [2, 2], [1, 1]))(maps, FILTERS)
+    assert sum(node.target is in_memory for node in graph.graph.nodes) == count
 
 
 def halve(x: Tensor, weight: Tensor) -> Tensor:
