@@ -6,15 +6,13 @@ import json
 import os
 import platform
 import sys
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from pyro_vae.provenance import versions
+from pyro_vae.provenance import version_of, versions
 
 PEERS = ("numpyro", "jax", "pythae")
 ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")
@@ -27,17 +25,8 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": versions() | _versions_of_peers(),
+        "versions": versions() | {name: version_of(name) for name in PEERS},
     }
-
-
-def _versions_of_peers() -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for name in PEERS:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -85,12 +74,10 @@ def add(name: str, command: str, results: Any, figure: Figure | None = None) -> 
     stored: dict[str, Any] = {"studies": {}, "results": {}}
     if (RESULTS / f"{name}.json").exists():
         stored = read(name)
-    new = {"studies": made, "results": results}
-    report = {
-        part: {**{k: v for k, v in stored[part].items() if k != place}, place: new[part]}
-        for part in stored
-    }
-    return _save(name, report, figure, f"{name}_cuda" if on_gpu else name)
+    for part, new in (("studies", made), ("results", results)):
+        stored[part].pop(place, None)  # to stand last
+        stored[part][place] = new
+    return _save(name, stored, figure, f"{name}_cuda" if on_gpu else name)
 
 
 def _save(

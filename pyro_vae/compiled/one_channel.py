@@ -69,8 +69,8 @@ def transposed_convolution_backward(
 
 
 def _gathered(seen: Tensor, maps: Tensor, weight: Tensor) -> Tensor:
-    """What is seen from each place, times what is there, added up: shaped as the kernel. (In this
-    order a BLAS takes half the time of the other, which has few columns and as many rows.)"""
+    """What is seen from each place, times what is there, added up: shaped as the kernel."""
+    # of the two orders the one in which the BLAS takes half the time: few rows, more columns
     return (seen.flatten(0, 2).T @ rows_of(maps)).T.reshape(weight.shape)
 
 
