@@ -14,10 +14,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from compiled_helpers import agree, assert_same, loss_and_grads, parameters, program, programs
 from compiled_models import MODELS, PARTS, batch_norm, binary, dropout, vae, weighed
 from pyro.distributions.transforms import Spline
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -45,9 +45,6 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     ),
 }
 
-# DReG evaluates the flow's inverse, whose loop indexes by the elements of a tensor
-NOT_TRACEABLE = {("IWAE dreg", "Pyro's flow"): r"log_scale\[\.\.\., idx\]"}
-
 
 class Eager(nn.Module):
     """`objective(model, guide)` for programs that need not be modules."""
@@ -58,32 +55,6 @@ class Eager(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         return self.objective.differentiable_loss(self.model, self.guide, *args)
-
-
-def parameters(*modules: Any) -> list[Tensor]:
-    """Every parameter of the modules and of Pyro's store, once."""
-    found = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
-    found += [p for _, p in pyro.get_param_store().named_parameters()]
-    return list({id(p): p for p in found}.values())
-
-
-def loss_and_grads(
-    loss: Callable[..., Tensor], args: Any, params: list[Tensor], seed: int
-) -> list[Tensor | None]:
-    pyro.set_rng_seed(seed)
-    for p in params:
-        p.grad = None
-    value = loss(*args)
-    value.backward()
-    return [value.detach(), *(None if p.grad is None else p.grad.clone() for p in params)]
-
-
-def assert_same(got: list[Tensor | None], wanted: list[Tensor | None], rtol: float) -> None:
-    assert len(got) == len(wanted)
-    for g, w in zip(got, wanted, strict=True):
-        assert (g is None) == (w is None)
-        if w is not None:
-            assert (g - w).norm() <= rtol * w.norm() + 1e-14
 
 
 @pytest.mark.parametrize(
@@ -106,10 +77,6 @@ def test_loss_and_gradients_are_the_eager_ones(objective_name: str, model_name: 
         return
     except UserWarning:
         pytest.skip("Pyro's objective is not for this model")
-    if (objective_name, model_name) in NOT_TRACEABLE:
-        with pytest.raises(CompileError, match=NOT_TRACEABLE[objective_name, model_name]):
-            compiled(*args)
-        return
     compiled(*args)
     params = parameters(model, guide)
     for seed in (1, 2):
@@ -124,16 +91,6 @@ def pair(**parts: Any) -> tuple[nn.Module, Tensor]:
     """A VAE's loss, and data."""
     model, guide, (x,) = vae(**parts)
     return pv.ELBO()(model, guide), x
-
-
-def programs(compiled: Any) -> int:
-    return sum(map(len, compiled._fused._programs.values()))
-
-
-def agree(loss: nn.Module, compiled: nn.Module, *args: Any) -> None:
-    params = parameters(loss)
-    expected = loss_and_grads(loss, args, params, 5)
-    assert_same(loss_and_grads(compiled, args, params, 5), expected, 1e-10)
 
 
 class TestWhatInvalidatesAGraph:
@@ -436,19 +393,6 @@ class TestTheModule:
         assert programs(compiled) == 3
 
 
-def program(body: Callable[[Tensor], Any]) -> nn.Module:
-    """A loss whose model does `body`."""
-
-    def model(x: Tensor) -> None:
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.factor("body", torch.as_tensor(body(x)).sum())
-
-    def guide(x: Tensor) -> None:
-        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0))
-
-    return pv.ELBO()(model, guide)
-
-
 class TestWhatCannotBeCompiled:
     @pytest.mark.parametrize(
         ("body", "line"),
@@ -606,44 +550,12 @@ class TestWhatCannotBeCompiled:
         with pytest.raises(CompileError, match="it asks for the value of a tensor"):
             pv.compile(program(rows), torch.ones(3), backend="eager")
 
-    @pytest.mark.parametrize(
-        "pick",
-        [
-            lambda x: x[torch.arange(3) != 1],
-            lambda x: x[[True, False, True]],
-            lambda x: x[np.array([True, False, True])],
-            lambda x: x.expand(4, 3)[1:, torch.ones(3) > 0].sum(0),
-            lambda x: x.expand(2, 3)[torch.tensor([[True, False, True], [False, True, False]])],
-            lambda x: x[torch.zeros(3) > 0],
-            lambda x: torch.cat([x, x[torch.ones(3).copysign(torch.tensor(-1.0)) < 0]]),
-        ],
-        ids=["sizes", "list", "array", "beside a slice", "two dimensions", "nothing", "all"],
-    )
-    def test_a_mask_that_is_the_same_in_every_run(self, pick: Any) -> None:
-        loss, x = program(lambda x: pick(x).sum()), torch.randn(3)
-        agree(loss, pv.compile(loss, x, backend="eager"), x)
-        agree(loss, pv.compile(loss, x, backend="aot_eager"), x)
-
     def test_control_flow_of_torchs(self) -> None:
         def chosen(x: Tensor) -> Tensor:
             return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)).sum()
 
         with pytest.raises(CompileError, match=r'"return torch\.cond\(.*compiled: .*cond calls'):
             pv.compile(program(chosen), torch.ones(3), backend="eager")
-
-    @pytest.mark.parametrize(
-        "mask",
-        [
-            lambda x: torch.rand(3) > 0.5,
-            lambda x: torch.zeros(3).copy_(x) > 0,
-            lambda x: torch.zeros(3).uniform_() > 0.5,
-            lambda x: torch.stack([x, torch.ones(3)])[1] > 0,
-        ],
-        ids=["drawn", "copied", "drawn in place", "beside another"],
-    )
-    def test_a_mask_that_may_vary(self, mask: Any) -> None:
-        with pytest.raises(CompileError, match="the shape of its result depends"):
-            pv.compile(program(lambda x: x[mask(x)].sum()), torch.ones(3), backend="eager")
 
     @pytest.mark.parametrize("order", ["linear", "quadratic"])
     @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -664,19 +576,6 @@ class TestWhatCannotBeCompiled:
         for scale in (1.0, 0.1, 3.0):  # others are outside
             agree(loss, compiled, scale * x)
         assert programs(compiled) == 1
-
-    def test_correlations(self) -> None:
-        """Pyro's LKJ takes the lower triangle by a mask."""
-
-        def model(x: Tensor) -> None:
-            root = pyro.sample("root", dist.LKJCholesky(3, 1.5))
-            with pyro.plate("rows", len(x)):
-                pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=root), obs=x)
-
-        guide, x = AutoNormal(model), torch.randn(5, 3)
-        guide(x)
-        loss = pv.ELBO("monte_carlo")(model, guide)
-        agree(loss, pv.compile(loss, x, backend="eager"), x)
 
     def test_one_hot_of_unknown_length(self) -> None:
         one_hot = lambda x: nn.functional.one_hot(x.long())  # noqa: E731

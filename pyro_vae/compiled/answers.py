@@ -10,7 +10,6 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import (
@@ -21,6 +20,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from pyro_vae.compiled import indexing
+from pyro_vae.compiled.indexing import is_mask
 from pyro_vae.compiled.where import REMEDY, caller, calling_frame, where_now
 from pyro_vae.errors import CompileError
 
@@ -139,45 +140,20 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
 
 
-def _indexed(tensor: Tensor, index: Any) -> Tensor:
-    """`tensor[index]`, where a mask is given by the numbers of its entries: one that varies has
-    been refused when the run was recorded, and of the others the shape is known."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(map(_is_mask, parts)):
-        return tensor[index]
-    spread = (p for part in parts for p in (_entries(part) if _is_mask(part) else (part,)))
-    return tensor[tuple(spread)]
-
-
-def _is_mask(part: Any) -> bool:
-    if isinstance(part, list):
-        return bool(part) and all(isinstance(entry, bool | np.bool_) for entry in part)
-    if isinstance(part, np.ndarray):
-        return part.dtype == bool and part.ndim > 0
-    return isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) and part.dim() > 0
-
-
-def _entries(mask: Any) -> list[Tensor]:
-    with disable_proxy_modes_tracing():
-        mask = torch.as_tensor(mask)
-        places = mask.nonzero().T.tolist()
-    return [torch.tensor(numbers, dtype=torch.long, device=mask.device) for numbers in places]
-
-
 def _outside(tensor: Tensor, index: Any) -> Tensor:
     """In a spline, what lies outside of its bounds: all, of which `_write_outside` will choose."""
-    return tensor if _is_mask(index) else _indexed(tensor, index)
+    return tensor if is_mask(index) else indexing.get(tensor, index)
 
 
 def _write_outside(tensor: Tensor, index: Any, value: Any) -> None:
-    if _is_mask(index) and isinstance(value, Tensor):
+    if is_mask(index) and isinstance(value, Tensor):
         value, index = torch.where(index, value, tensor), ...
     tensor[index] = value
 
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.one_hot: _one_hot,
-    Tensor.__getitem__: _indexed,
+    **indexing.REPLACED,
 }
 _ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
 

@@ -45,6 +45,10 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     pandas, a `ContextVar`, a weak reference). Hand such to the program as an argument. (It is
     refused where it shows: two runs on the same draws must say the same.)
 
+    Where the values of a tensor decide a shape (`x[mask]`) or a place in a list, it must be one
+    that the programs hold and do not change, a buffer or a global, and no parameter. It is compared
+    at every call, and other values are another program.
+
     What a program leaves in Python (an attribute that holds its last draw) is left when it is
     compiled and not again. Parameters that it makes at first use are made then too, and the
     generators put back. Checks of distributions' arguments (`pyro.enable_validation`) are made then

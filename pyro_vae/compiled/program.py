@@ -92,6 +92,7 @@ class Program:
         self._look = Look([place for place, _ in granted])
         self._granted = [granted[n][1] for n in self._look.order]
         self._aside = _Aside(recording)
+        self._values = _Values(recording.granted)
         self._look_up = _LookUp(self._sources, [inputs[i] for i in used])
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         found = tensors(territory.places())
@@ -115,7 +116,9 @@ class Program:
         # first, all at once, whether they are the objects
         if not all(map(is_, now, self._granted)) and not all(map(same, now, self._granted)):
             return None
-        return self._look_up(arguments) if self._aside.stand() else None
+        if not (self._aside.stand() and self._values.stand()):
+            return None
+        return self._look_up(arguments)
 
     def __call__(self, inputs: list[Tensor]) -> Results:
         """Run the graph on what `inputs` returned."""
@@ -183,6 +186,36 @@ class _Aside:
             return tied and [*map(_ASSUMED, now)] == self._assumed
         except AttributeError:  # of what is no tensor any more
             return False
+
+
+class _Values:
+    """Tensors whose values are part of the graph: masks that decide shapes, numbers of places.
+
+    Compared at every step: numpy, say, writes to memory that it shares with a tensor unseen.
+    """
+
+    def __init__(self, granted: Sequence[tuple[Tensor, AnyPlace]]) -> None:
+        self._places = [place for _, place in granted]
+        self._values = [tensor.clone() for tensor, _ in granted]
+
+    def stand(self) -> bool:
+        """Whether they hold what they held."""
+        now = [place.get() for place in self._places]
+        return all(
+            isinstance(tensor, Tensor)
+            and _ASSUMED(tensor) == _ASSUMED(value)
+            and torch.equal(_bits(tensor), _bits(value))
+            for tensor, value in zip(now, self._values, strict=True)
+        )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor as integers, of which NaN is equal to itself."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view(_INTEGERS[real.itemsize])
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _LookUp:

@@ -20,7 +20,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.compiled import places
 from pyro_vae.compiled.places import AnyPlace, Held, Territory
-from pyro_vae.compiled.recorder import Recorder
+from pyro_vae.compiled.recorder import Numbers, Recorder
+from pyro_vae.compiled.where import REMEDY
 from pyro_vae.errors import CompileError
 from pyro_vae.held import is_constant
 
@@ -43,6 +44,8 @@ class Recording:
         captured: the tensors it used besides its arguments, and where each is found.
         outputs: what it returned; `gradients` of the first for each of `wanted`, None if unused.
         changed: the tensors that it may change and did, and the values that it gave them.
+        granted: of the captured, those whose values it takes for granted.
+        frozen: what a graph of it takes for granted.
     """
 
     captured: list[tuple[Tensor, AnyPlace]]
@@ -50,6 +53,7 @@ class Recording:
     wanted: list[Tensor]
     gradients: list[Tensor | None]
     changed: list[Change]
+    granted: list[tuple[Tensor, AnyPlace]]
     frozen: list[tuple[AnyPlace, Any]] = field(default_factory=list)
 
     @property
@@ -236,7 +240,7 @@ def _run(
 ) -> Recording:
     known = places.tensors(territory.places())
     before = _foreign_draws(territory)
-    with Recorder() as recorder:
+    with Recorder(arguments) as recorder, Numbers(recorder):
         outputs = list(run()[0])
     if _foreign_draws(territory) != before:
         raise CompileError(
@@ -259,12 +263,24 @@ def _run(
                 f"the program changes {place.label} while it runs: only modules' buffers may "
                 "change, in place (register_buffer, and copy_ or add_)"
             )
+        if key in recorder.granted and recorder.changed(tensor):
+            raise CompileError(
+                f"{recorder.granted[key]} cannot be compiled: it asks for the values of "
+                f"{place.label}, which the program changes. {REMEDY}."
+            )
         if key not in own:
             captured.append((tensor, place))
     wanted = [t for t in (*arguments, *(t for t, _ in captured)) if t.requires_grad]
     with without_hooks(wanted):
         gradients = gradients_of(outputs[0], wanted)
-    return Recording(captured, [o.detach() for o in outputs], wanted, gradients, changes.found())
+    return Recording(
+        captured,
+        [output.detach() for output in outputs],
+        wanted,
+        gradients,
+        changes.found(),
+        [(tensor, place) for tensor, place in captured if id(tensor) in recorder.granted],
+    )
 
 
 def _repeated(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> bool:

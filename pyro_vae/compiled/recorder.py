@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -15,20 +17,36 @@ from pyro_vae.compiled.answers import SELECTING
 from pyro_vae.compiled.where import REMEDY, caller, where_now
 from pyro_vae.errors import CompileError
 
+aten = torch.ops.aten
+
 
 class Recorder(TorchDispatchMode):
-    """Lists the tensors that a program uses but did not make."""
+    """Lists the tensors that a program uses but did not make.
+
+    Args:
+        arguments: of the program.
+
+    Attributes:
+        inputs: those tensors, arguments among them, by the identity of the object.
+        granted: the inputs whose values decide a shape (the mask in `x[mask]`) or a place in a
+            list, and a line where they do.
+        drawn_on_cpu: a line that does, where there is a GPU as well.
+    """
 
     supports_higher_order_operators = True  # or torch refuses them, in words of its own
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
         self.inputs: dict[int, Tensor] = {}
-        self.drawn_on_cpu: str | None = None  # a line that does, where there is a GPU as well
+        self.granted: dict[int, str] = {}
+        self.drawn_on_cpu: str | None = None
+        self._arguments = {id(argument) for argument in arguments}
         self._versions: dict[int, int] = {}
         self._made = WeakTensorKeyDictionary()
         self._memory: set[int] = set()  # that operations allocated
-        self._fixed: set[int] = set()  # that holds what no input and no draw has a part in
+        self._varying: set[int] = set()  # that of arguments and parameters
+        # that holds what no argument, no parameter and no draw has a part in; and what inputs have
+        self._fixed: dict[int, frozenset[int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,26 +60,17 @@ class Recorder(TorchDispatchMode):
                 f"{where_now()} cannot be compiled: it draws from a generator of its own, which "
                 "would stand still: draw from torch's (torch.manual_seed)"
             )
-        if func is torch.ops.aten.lift_fresh.default:  # a literal: torch.tensor(2.0)
+        if func is aten.lift_fresh.default:  # a literal: torch.tensor(2.0)
             self._made[args[0]] = True
-            self._fixed.add(_memory_of(args[0]))
+            self._fixed[_memory_of(args[0])] = frozenset()
         given = set()
         for value in tree_iter((args, kwargs)):
             if isinstance(value, Tensor):
                 given.add(_memory_of(value))
-                # a new nn.Parameter is another object over memory that an operation allocated
-                if value not in self._made and _memory_of(value) not in self._memory:
-                    self.inputs.setdefault(id(value), value)
-                    self._versions.setdefault(id(value), value._version)
-        if (
-            torch.Tag.dynamic_output_shape in func.tags
-            and not self._is_of_known_shape(func, args)
-            and caller() not in SELECTING
-        ):
-            raise CompileError(
-                f"{where_now()} cannot be compiled: the shape of its result depends on the values "
-                f"of a tensor. {REMEDY}."
-            )
+                self._note_input(value)
+        if torch.Tag.dynamic_output_shape in func.tags and caller() not in SELECTING:
+            shaping = _shaping(func, args)
+            self.grant(shaping, "the shape of its result depends on the values of a tensor")
         out = func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and torch.cuda.is_initialized():
             self._note_draw(out)
@@ -80,26 +89,71 @@ class Recorder(TorchDispatchMode):
         ):
             self.drawn_on_cpu = where_now()
 
-    def _is_of_known_shape(self, func: Any, args: Any) -> bool:
-        """Whether this is `x[indices]` by numbers, or by masks that are the same in every run."""
-        return func is torch.ops.aten.index.Tensor and not any(
-            index is not None and index.dtype in (torch.bool, torch.uint8)
-            and _memory_of(index) not in self._fixed
-            for index in args[1]
-        )  # fmt: skip
+    def _note_input(self, tensor: Tensor) -> None:
+        memory = _memory_of(tensor)
+        # a new nn.Parameter is another object over memory that an operation allocated
+        if tensor in self._made or memory in self._memory or id(tensor) in self.inputs:
+            return
+        self.inputs[id(tensor)] = tensor
+        self._versions[id(tensor)] = tensor._version
+        if id(tensor) in self._arguments or tensor.requires_grad:
+            self._varying.add(memory)
+            self._fixed.pop(memory, None)
+        elif memory not in self._varying:
+            self._fixed[memory] = self._fixed.get(memory, frozenset()) | {id(tensor)}
+
+    def grant(self, tensors: Sequence[Tensor], reason: str) -> None:
+        """Have the graph take the values of these for granted.
+
+        Raises:
+            CompileError: they are made of arguments, parameters or draws.
+        """
+        for tensor in tensors:
+            self._note_input(tensor)
+        memories = [*map(_memory_of, tensors)]
+        if not self._fixed.keys() >= set(memories):
+            raise CompileError(f"{where_now()} cannot be compiled: {reason}. {REMEDY}.")
+        for key in frozenset().union(*map(self._fixed.__getitem__, memories)):
+            self.granted.setdefault(key, where_now())
 
     def _note_fixed(self, func: Any, given: set[int], out: Any) -> None:
         touched = {_memory_of(value) for value in tree_iter(out) if isinstance(value, Tensor)}
         if func._schema.is_mutable:
             touched |= given
-        if given <= self._fixed and torch.Tag.nondeterministic_seeded not in func.tags:
-            self._fixed |= touched
+        if self._fixed.keys() >= given and torch.Tag.nondeterministic_seeded not in func.tags:
+            parts = frozenset().union(*map(self._fixed.__getitem__, given))
+            self._fixed |= dict.fromkeys(touched - self._varying, parts)
         else:
-            self._fixed -= touched
+            for memory in touched:
+                self._fixed.pop(memory, None)
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether this input was changed in place."""
         return tensor._version != self._versions[id(tensor)]
+
+
+class Numbers(TorchFunctionMode):
+    """Tells a recorder of the numbers that Python takes out of tensors to find a place in a list.
+
+    Args:
+        recorder: that of the run.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__index__:
+            self._recorder.grant(args, "it asks for the value of a tensor, as a Python number")
+        return func(*args, **(kwargs or {}))
+
+
+def _shaping(func: Any, args: Any) -> Sequence[Tensor]:
+    """The arguments whose values decide the shape of what an operation returns."""
+    if func is aten.index.Tensor:
+        return [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
+    return args[1:] if func is aten.masked_select.default else args[:1]
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -18,7 +18,8 @@ REMEDY = (
 _BETWEEN = (
     "torch.overrides", "torch._tensor", "torch.functional",
     "torch._compile", "torch._dynamo.eval_frame",
-    "pyro_vae.compiled.where", "pyro_vae.compiled.answers", "pyro_vae.compiled.recorder",
+    "pyro_vae.compiled.where", "pyro_vae.compiled.answers", "pyro_vae.compiled.indexing",
+    "pyro_vae.compiled.recorder",
 )  # fmt: skip
 
 

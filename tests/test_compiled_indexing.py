@@ -1,0 +1,236 @@
+"""Masks that select and numbers that index: by tensors that stay what they are, and by others."""
+
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from compiled_helpers import agree, program, programs
+from pyro.distributions import transforms
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.errors import CompileError
+
+MASK = torch.tensor([True, False, True])
+HOLES = torch.tensor([1.0, torch.nan, -2.0], dtype=torch.float64)
+LAST = torch.tensor(-1)
+PLACES = [torch.tensor(2), torch.tensor(0)]
+X = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+
+
+def compiled(loss: nn.Module, backend: str = "eager") -> Any:
+    return pv.compile(loss, X, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda x: x[torch.arange(3) != 1],
+        lambda x: x[[True, False, True]],
+        lambda x: x[np.array([True, False, True])],
+        lambda x: x.expand(4, 3)[1:, torch.ones(3) > 0].sum(0),
+        lambda x: x.expand(2, 3)[torch.tensor([[True, False, True], [False, True, False]])],
+        lambda x: x[torch.zeros(3) > 0],
+        lambda x: torch.cat([x, x[torch.ones(3).copysign(torch.tensor(-1.0)) < 0]]),
+        lambda x: x[MASK],
+        lambda x: x[~HOLES.isnan()] * HOLES[~HOLES.isnan()],
+        lambda x: x.expand(2, 3)[:, MASK],
+        lambda x: x.expand(2, 3).masked_select(MASK),
+        lambda x: torch.masked_select(x, MASK[:, None]),
+        lambda x: x[MASK.nonzero()],
+        lambda x: x[torch.nonzero(MASK, as_tuple=True)],
+        lambda x: x[torch.argwhere(MASK).squeeze(1)],
+        lambda x: x[torch.where(MASK)],
+        lambda x: torch.where(MASK, x, 0.0),
+        lambda x: torch.stack([[x, 2 * x, 3 * x][i] for i in PLACES]),
+    ],
+    ids=[
+        "sizes", "list", "array", "beside a slice", "two dimensions", "nothing", "all", "held",
+        "what is not missing", "held, beside a slice", "masked_select", "masked_select, spread",
+        "nonzero", "nonzero as tuple", "argwhere", "where", "where of three", "places in a list",
+    ],
+)  # fmt: skip
+def test_values_that_are_the_same_in_every_run(pick: Any, backend: str) -> None:
+    loss = program(lambda x: pick(x).sum())
+    agree(loss, compiled(loss, backend), torch.randn(3))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda x: torch.rand(3) > 0.5,
+        lambda x: torch.zeros(3).copy_(x) > 0,
+        lambda x: torch.zeros(3).uniform_() > 0.5,
+        lambda x: torch.stack([x, torch.ones(3)])[1] > 0,
+        lambda x: (HOLES > 0) & (x > 0),
+        lambda x: pyro.param("loc").detach().expand(3) > 0,
+    ],
+    ids=["drawn", "copied", "drawn in place", "beside another", "of an argument", "of a parameter"],
+)
+@pytest.mark.parametrize(
+    "select",
+    [lambda x, mask: x[mask], Tensor.masked_select, lambda x, mask: x[mask.nonzero()]],
+    ids=["index", "masked_select", "nonzero"],
+)
+def test_a_mask_that_may_vary(select: Any, mask: Any) -> None:
+    with pytest.raises(CompileError, match="the shape of its result depends"):
+        compiled(program(lambda x: select(x, mask(x)).sum()))
+
+
+def test_a_place_in_a_list_that_may_vary() -> None:
+    with pytest.raises(CompileError, match=r"x\.argmax\(\).*asks for the value of a tensor"):
+        compiled(program(lambda x: [x, 2 * x, 3 * x][x.argmax()]))
+
+
+class Selecting(nn.Module):
+    """Uses what its buffer selects."""
+
+    def __init__(self, counts: bool = False) -> None:
+        super().__init__()
+        self.mask: Tensor
+        self.counts = counts
+        self.register_buffer("mask", MASK.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        selected = x[self.mask]
+        if self.counts:
+            self.mask.logical_not_()
+        return selected
+
+
+def other_values(module: Any) -> None:
+    module.mask.copy_(torch.tensor([True, True, True]))
+
+
+def by_numpy(module: Any) -> None:
+    module.mask.numpy()[:] = [False, True, False]
+
+
+def through_data(module: Any) -> None:
+    module.mask.data[1] = True
+
+
+def another(module: Any) -> None:
+    module.mask = torch.tensor([True, False, False])
+
+
+@pytest.mark.parametrize(
+    "change", [other_values, by_numpy, through_data, another], ids=lambda c: c.__name__
+)
+def test_a_mask_that_changes_between_calls_is_another_program(change: Any) -> None:
+    selecting = Selecting()
+    loss = program(lambda x: selecting(x).sum())
+    fused = compiled(loss)
+    agree(loss, fused, X)
+    assert programs(fused) == 1
+    change(selecting)
+    agree(loss, fused, X)
+    assert programs(fused) == 2
+    selecting.mask = MASK.clone()  # as it was
+    agree(loss, fused, X)
+    assert programs(fused) == 2
+
+
+def test_a_mask_that_the_program_changes_is_refused() -> None:
+    selecting = Selecting(counts=True)
+    with pytest.raises(CompileError, match=r"x\[self\.mask\].*mask, which the program changes"):
+        compiled(program(lambda x: selecting(x).sum()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda x, i: x[i],
+        lambda x, i: x.expand(4, 3)[..., i],
+        lambda x, i: x.expand(4, 3)[1:, i, None],
+        lambda x, i: x.expand(4, 2, 3)[i, :, torch.tensor([0, 2])],
+        lambda x, i: x.expand(4, 2, 3)[:, 0, i],
+        lambda x, i: x.expand(3, 2, 3)[i, ..., i],
+        lambda x, i: x.expand(3, 2, 3)[None, i, :, MASK],
+        lambda x, i: x.expand(3, 3)[MASK, i],
+        lambda x, i: x.expand(3, 3)[MASK[:, None].expand(3, 3)][i],
+    ],
+    ids=[
+        "alone", "at the end", "between", "apart from others", "beside a number", "twice",
+        "beside a mask", "after a mask", "of what a mask selects",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [lambda x: x.argmax(), lambda x: LAST, lambda x: -x.argmax() - 1, lambda x: (x > 9).sum()],
+    ids=["of an argument", "held, from the end", "of an argument, from the end", "zero"],
+)
+def test_a_number_in_a_tensor_indexes_whatever_it_is(number: Any, pick: Any, backend: str) -> None:
+    """Torch would select by it as a number of Python's."""
+    loss = program(lambda x: pick(x, number(x)).sum())
+    fused = compiled(loss, backend)
+    for x in (X, X.flip(0), X.roll(1)):
+        agree(loss, fused, x)
+    assert programs(fused) == 1
+
+
+@pytest.mark.parametrize("outside", [3, -4])
+def test_a_number_that_is_out_of_bounds(outside: int) -> None:
+    number = torch.tensor(0)
+    loss = program(lambda x: x[number])
+    fused = compiled(loss, "inductor")
+    number.fill_(outside)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        fused(X)
+
+
+def test_a_number_that_is_drawn_indexes() -> None:
+    def body(x: Tensor) -> Tensor:
+        return x[torch.randint(3, ())]
+
+    loss = program(body)
+    fused = compiled(loss)
+    agree(loss, fused, X)
+    assert len({fused(X).item() for _ in range(20)}) == 3
+
+
+def test_correlations() -> None:
+    """Pyro's LKJ takes the lower triangle by a mask."""
+
+    def model(x: Tensor) -> None:
+        root = pyro.sample("root", dist.LKJCholesky(3, 1.5))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=root), obs=x)
+
+    guide, x = AutoNormal(model), torch.randn(5, 3)
+    guide(x)
+    loss = pv.ELBO("monte_carlo")(model, guide)
+    agree(loss, pv.compile(loss, x, backend="eager"), x)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda: transforms.block_autoregressive(3),
+        lambda: transforms.affine_autoregressive(3, hidden_dims=[4]),
+        lambda: transforms.affine_autoregressive(3, hidden_dims=[4], stable=True),
+    ],
+    ids=["block autoregressive", "affine autoregressive", "affine autoregressive, stable"],
+)
+def test_flows_that_index_by_their_buffers(flow: Any, inverse: bool) -> None:
+    made = flow()
+    if inverse and isinstance(made, transforms.BlockAutoregressive):
+        pytest.skip("Pyro has no inverse of it")
+
+    def body(x: Tensor) -> Tensor:
+        pyro.module("flow", made)
+        made.clear_cache()
+        y = made.inv(x) if inverse else made(x)
+        volume = made.log_abs_det_jacobian(y, x) if inverse else made.log_abs_det_jacobian(x, y)
+        return y.sum() + volume.sum()
+
+    loss = program(body)
+    loss(X)
+    agree(loss, compiled(loss), torch.randn(5, 3))
