@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 from pyro_vae import precision
+from pyro_vae.compiled.inputs import signature
 from pyro_vae.compiled.places import Territory
-from pyro_vae.compiled.program import Backend, Program, Results, signature
+from pyro_vae.compiled.program import Backend, Program, Results
 from pyro_vae.errors import CompileError, PyroVAEError
 from pyro_vae.seeding import generators_put_back
 

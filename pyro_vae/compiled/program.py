@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from pyro_vae.compiled.capturable import obstacle
 from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest, comparable
-from pyro_vae.compiled.look import Look
-from pyro_vae.compiled.places import AnyPlace, Moment, Territory, same, tensors
+from pyro_vae.compiled.inputs import Argument, Inputs
+from pyro_vae.compiled.places import Territory, tensors
 from pyro_vae.compiled.record import (
     Recording,
     Run,
@@ -34,13 +31,6 @@ from pyro_vae.errors import CompileError
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
 
 
-@dataclass(frozen=True)
-class Argument:
-    """The graph's input that is the program's n-th tensor argument."""
-
-    index: int
-
-
 class Results(NamedTuple):
     """What one call computed: outputs, and the first one's gradient for each `wanted` tensor."""
 
@@ -54,6 +44,7 @@ class Program:
     """A compiled graph with the places of its inputs.
 
     Attributes:
+        inputs: finds the graph's inputs as they are now, or None if it was made for others.
         arguments: which of the graph's inputs are arguments of the call; `handed`, which arguments.
         static: what the program returned besides tensors, where a tensor among it stands for the
             number of the graph's input that it is, or for the place where it is found.
@@ -81,19 +72,14 @@ class Program:
         with preserved(territory, inputs), without_hooks(inputs):
             graph = trace(joint, inputs)
         used = _prune(graph)
-        self._sources: list[Argument | AnyPlace] = [sources[i] for i in used]
-        self.arguments = [n for n, s in enumerate(self._sources) if isinstance(s, Argument)]
-        self.handed = [s.index for s in self._sources if isinstance(s, Argument)]
+        used_sources = [sources[i] for i in used]
+        self.arguments = [n for n, s in enumerate(used_sources) if isinstance(s, Argument)]
+        self.handed = [s.index for s in used_sources if isinstance(s, Argument)]
         devices = [inputs[i].device for i in used]
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-        labels = ["an argument" if isinstance(s, Argument) else None for s in self._sources]
+        labels = ["an argument" if isinstance(s, Argument) else None for s in used_sources]
         self.obstacle = None if self.device.type == "cpu" else obstacle(graph, labels)
-        granted = [(p, v) for p, v in recording.frozen if not isinstance(v, Tensor)]
-        self._look = Look([place for place, _ in granted])
-        self._granted = [granted[n][1] for n in self._look.order]
-        self._aside = _Aside(recording)
-        self._values = _Values(recording.granted)
-        self._look_up = _LookUp(self._sources, [inputs[i] for i in used])
+        self.inputs = Inputs(recording, used_sources, [inputs[i] for i in used])
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         found = tensors(territory.places())
         self.static = tree_map_only(
@@ -107,18 +93,6 @@ class Program:
         again = partial(rerun, run, arguments, territory, recording)
         self._check(recording, [inputs[i] for i in used], territory, again, coarsest(graph))
         self.seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
-
-    def inputs(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
-        """The graph's inputs as they are now, or None if it was made for others."""
-        now = self._look()
-        if now is None:
-            return None
-        # first, all at once, whether they are the objects
-        if not all(map(is_, now, self._granted)) and not all(map(same, now, self._granted)):
-            return None
-        if not (self._aside.stand() and self._values.stand()):
-            return None
-        return self._look_up(arguments)
 
     def __call__(self, inputs: list[Tensor]) -> Results:
         """Run the graph on what `inputs` returned."""
@@ -159,116 +133,6 @@ class Program:
             (*results.outputs, *results.gradients), (*eager.outputs, *eager.found), strict=True
         )
         self.checked = all(bool(comparable(f, e)[1].isfinite().all()) for f, e in pairs)
-
-
-class _Aside:
-    """Tensors at places that the graph does not read: those that the program asks for something
-    else than their values (`len(self.data)`), and further places of those that are its inputs."""
-
-    def __init__(self, recording: Recording) -> None:
-        inputs = {id(tensor) for tensor, _ in recording.captured}
-        tensors = [(place, v) for place, v in recording.frozen if isinstance(v, Tensor)]
-        counts = Counter(id(value) for _, value in tensors)
-        held = [(p, v) for p, v in tensors if id(v) not in inputs or counts[id(v)] > 1]
-        self._look = Look([place for place, _ in held])
-        values = [held[n][1] for n in self._look.order]
-        first: dict[int, int] = {}
-        self._first = [first.setdefault(id(value), n) for n, value in enumerate(values)]
-        self._assumed = [*map(_ASSUMED, values)]
-
-    def stand(self) -> bool:
-        """Whether they are alike still, and one where they were one."""
-        now = self._look()
-        if now is None:
-            return False
-        tied = all(map(is_, now, map(now.__getitem__, self._first)))
-        try:
-            return tied and [*map(_ASSUMED, now)] == self._assumed
-        except AttributeError:  # of what is no tensor any more
-            return False
-
-
-class _Values:
-    """Tensors whose values are part of the graph: masks that decide shapes, numbers of places.
-
-    Compared at every step: numpy, say, writes to memory that it shares with a tensor unseen.
-    """
-
-    def __init__(self, granted: Sequence[tuple[Tensor, AnyPlace]]) -> None:
-        self._places = [place for _, place in granted]
-        self._values = [tensor.clone() for tensor, _ in granted]
-
-    def stand(self) -> bool:
-        """Whether they hold what they held."""
-        now = [place.get() for place in self._places]
-        return all(
-            isinstance(tensor, Tensor)
-            and _ASSUMED(tensor) == _ASSUMED(value)
-            and torch.equal(_bits(tensor), _bits(value))
-            for tensor, value in zip(now, self._values, strict=True)
-        )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """A tensor as integers, of which NaN is equal to itself."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.view(_INTEGERS[real.itemsize])
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class _LookUp:
-    """Finds the inputs of a graph, and sees that they are such as it was made for.
-
-    At every step, and so without a loop of Python where nothing has changed.
-    """
-
-    def __init__(self, sources: Sequence[Argument | AnyPlace], examples: Sequence[Tensor]) -> None:
-        found = [(n, s) for n, s in enumerate(sources) if not isinstance(s, Argument | Moment)]
-        moments = [(n, s) for n, s in enumerate(sources) if isinstance(s, Moment)]
-        self._places = Look([place for _, place in found])
-        self._moments = Look([moment for _, moment in moments])
-        order = [found[i][0] for i in self._places.order] + [n for n, _ in moments]
-        self._held = [examples[n] for n in order]  # what was found last
-        self._signatures = signatures(self._held)
-        self._signatures_of_places = signatures(self._held[: len(found)])
-        order_of = {n: i for i, n in enumerate(order)}
-        self._order = [
-            len(order) + s.index if isinstance(s, Argument) else order_of[n]
-            for n, s in enumerate(sources)
-        ]
-
-    def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
-        """The inputs; None where one is not what it was."""
-        places, moments = self._places(), self._moments()
-        if places is None or moments is None:
-            return None
-        held = places + moments
-        if not all(map(is_, held, self._held)):
-            if not all(isinstance(value, Tensor) for value in held):
-                return None
-            if signatures(held) != self._signatures:
-                return None
-            self._held = held
-        # a parameter may change its layout and stay the object it is, a moment does not
-        elif signatures(places) != self._signatures_of_places:
-            return None
-        values = [*held, *arguments]  # the arguments' layouts are known by the kind of the call
-        return [*map(values.__getitem__, self._order)]
-
-
-_ASSUMED = attrgetter("shape", "dtype", "device", "requires_grad")
-
-
-def signature(tensor: Tensor) -> tuple[Any, ...]:
-    """What a graph assumes of an input."""
-    return *_ASSUMED(tensor), tensor.stride()
-
-
-def signatures(tensors: Sequence[Tensor]) -> list[Any]:
-    """What a graph assumes of its inputs."""
-    return [*map(_ASSUMED, tensors), *map(Tensor.stride, tensors)]
 
 
 def _owned(

@@ -14,8 +14,9 @@ from torch.nn.utils import get_total_norm
 
 from pyro_vae.compiled.backend import resolve
 from pyro_vae.compiled.fused import Call, Computation, Fused, flatten
+from pyro_vae.compiled.inputs import signatures
 from pyro_vae.compiled.places import Territory
-from pyro_vae.compiled.program import Backend, signatures
+from pyro_vae.compiled.program import Backend
 from pyro_vae.compiled.record import gradients_of
 from pyro_vae.compiled.replay import Replayed
 from pyro_vae.compiled.update import AdamUpdate, Decay, Pending
