@@ -15,12 +15,14 @@ import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 from pyro_vae import precision
 from pyro_vae.compiled.inputs import signature
-from pyro_vae.compiled.places import Territory
+from pyro_vae.compiled.places import Territory, stands_for_another
 from pyro_vae.compiled.program import Backend, Program, Results
 from pyro_vae.errors import CompileError, PyroVAEError
 from pyro_vae.seeding import generators_put_back
@@ -76,15 +78,15 @@ class Fused:
                 f"a compiled program does not see the effect handlers around its call ({names}): "
                 "put them inside the model or guide"
             )
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0:
             raise CompileError(
-                "a compiled loss knows its gradient already, and no transform of torch.func: take "
-                "that of the eager loss, or the gradient with autograd"
+                "a compiled loss knows its gradient already, and no transform of torch.func and "
+                "no forward-mode derivative: take that of the eager loss, or the gradient with "
+                "autograd"
             )
         leaves, structure = flatten(args, kwargs)
-        # a view that stands for its negative (the imaginary part of a conjugate) is not read as one
         leaves = [
-            leaf.resolve_neg() if isinstance(leaf, Tensor) and leaf.is_neg() else leaf
+            _as_it_reads(leaf) if isinstance(leaf, Tensor) and stands_for_another(leaf) else leaf
             for leaf in leaves
         ]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -261,6 +263,10 @@ class _Differentiable(torch.autograd.Function):
         return None, *gradients
 
 
+def _as_it_reads(tensor: Tensor) -> Tensor:
+    return tensor.resolve_conj().resolve_neg()
+
+
 def _describe(leaf: Any) -> Any:
     """What a graph assumes of an argument."""
     if type(leaf) is Tensor and leaf.layout is torch.strided:  # as nearly all are
@@ -298,4 +304,14 @@ def _surroundings() -> tuple[Any, ...]:
             for device in ("cpu", "cuda")
         ),
         pyro.settings.get("module_local_params"),
+        # on every module that is called
+        *(tuple(hooks.values()) for hooks in _HOOKS),
     )
+
+
+_HOOKS = (
+    modules._global_forward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_backward_pre_hooks,
+)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_vae.compiled.look import Look
-from pyro_vae.compiled.places import AnyPlace, Moment, same
+from pyro_vae.compiled.places import AnyPlace, Moment, same, same_values, stands_for_another
 from pyro_vae.compiled.record import Recording
 
 
@@ -110,18 +109,9 @@ class _Values:
         return all(
             isinstance(tensor, Tensor)
             and _ASSUMED(tensor) == _ASSUMED(value)
-            and torch.equal(_bits(tensor), _bits(value))
+            and same_values(tensor, value)
             for tensor, value in zip(now, self._values, strict=True)
         )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """A tensor as integers, of which NaN is equal to itself."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.view(_INTEGERS[real.itemsize])
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _LookUp:
@@ -154,7 +144,7 @@ class _LookUp:
         if not all(map(is_, held, self._held)):
             if not all(isinstance(value, Tensor) for value in held):
                 return None
-            if signatures(held) != self._signatures:
+            if signatures(held) != self._signatures or any(map(stands_for_another, held)):
                 return None
             self._held = held
         # a parameter may change its layout and stay the object it is, a moment does not

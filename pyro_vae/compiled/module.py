@@ -49,10 +49,13 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     that the programs hold and do not change, a buffer or a global, and no parameter. It is compared
     at every call, and other values are another program.
 
-    What a program leaves in Python (an attribute that holds its last draw) is left when it is
-    compiled and not again. Parameters that it makes at first use are made then too, and the
-    generators put back. Checks of distributions' arguments (`pyro.enable_validation`) are made then
-    only.
+    What a program leaves in Python is left when it is compiled and not again: an attribute that
+    holds its last draw, or the `weight` that `torch.nn.utils.prune` and the older `weight_norm` and
+    `spectral_norm` work out from others (to prune once more, run the eager loss first). Parameters
+    that it makes at first use are made then too, and the generators put back. Checks of
+    distributions' arguments (`pyro.enable_validation`) are made then only.
+
+    Every program stays for as long as the result does: of dozens of shapes, pad to a few.
 
     On a GPU the program draws there and takes its tensors there, numbers among them, or
     `CompiledSVI` does not capture it: what the CPU does in between is not in a captured graph.
@@ -150,8 +153,16 @@ def loss_of(objective: Any, model: Program, guide: Program) -> Computation:
     loss = getattr(objective, "differentiable_loss", objective)
 
     def computation(*args: Any, **kwargs: Any) -> tuple[list[Tensor], None]:
+        value = loss(model, guide, *args, **kwargs)
+        if not isinstance(value, Tensor | float | int):
+            raise ConfigError(f"{name} returned a {type(value).__name__}, which is no loss")
         # of programs without sites Pyro's is a number
-        return [torch.as_tensor(loss(model, guide, *args, **kwargs))], None
+        value = torch.as_tensor(value)
+        if value.numel() != 1:
+            raise ConfigError(
+                f"{name} returned a tensor of shape {tuple(value.shape)}, and a loss is one number"
+            )
+        return [value], None
 
     return computation
 

@@ -143,6 +143,24 @@ def same(now: Any, then: Any) -> bool:
     return type(now) is tuple and len(now) == len(then) and all(map(same, now, then))
 
 
+def same_values(now: Tensor, then: Tensor) -> bool:
+    """Whether two tensors that are alike hold the same bits, so that NaN is equal to itself."""
+    return torch.equal(_bits(now), _bits(then))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view(_INTEGERS[real.itemsize])
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def stands_for_another(tensor: Tensor) -> bool:
+    """Whether torch reads this as the conjugate or the negative of what is in memory."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def tensors_at(places: Iterable[AnyPlace]) -> list[Tensor]:
     """The tensors at these places."""
     return [value for place in places if isinstance(value := place.get(), Tensor)]

@@ -141,7 +141,9 @@ def _owned(
     """The values as tensors of their own: none shares memory with another or with an input, and
     each gradient is laid out as its parameter."""
     taken = {t.untyped_storage()._cdata for t in inputs}
-    strides = [None] * (len(values) - len(like)) + [t.stride() for t in like]
+    # as autograd lays out gradients: overlapping entries each have their own
+    layouts = [torch.empty_like(t, device="meta").stride() for t in like]
+    strides = [None] * (len(values) - len(like)) + layouts
     owned = []
     for value, stride in zip(values, strides, strict=True):
         assert value is not None

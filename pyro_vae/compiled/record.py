@@ -17,6 +17,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyro_vae.compiled import places
 from pyro_vae.compiled.places import AnyPlace, Held, Territory
@@ -74,6 +75,7 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
         CompileError: each run changes the program: an attribute, a tensor that is no module's
             buffer, the state of Python's or numpy's generator, or what it computes.
     """
+    _refuse_sharded(territory)
     previous: list[Tensor] | None = None
     replaced: _Replaced | None = None
     for validation in [is_validation_enabled(), *[False] * _ATTEMPTS]:
@@ -269,6 +271,7 @@ def _run(
                 f"{place.label}, which the program changes. {REMEDY}."
             )
         if key not in own:
+            _refuse_strange(tensor, place)
             captured.append((tensor, place))
     wanted = [t for t in (*arguments, *(t for t, _ in captured)) if t.requires_grad]
     with without_hooks(wanted):
@@ -281,6 +284,31 @@ def _run(
         changes.found(),
         [(tensor, place) for tensor, place in captured if id(tensor) in recorder.granted],
     )
+
+
+def _refuse_strange(tensor: Tensor, place: AnyPlace) -> None:
+    """Refuse what is no longer there, or is not what lies in memory."""
+    if places.stands_for_another(tensor):
+        raise CompileError(
+            f"{place.label} is a view that stands for its conjugate or its negative: keep what "
+            "resolve_conj() and resolve_neg() return"
+        )
+    if tensor.layout is torch.strided and tensor.numel() and not tensor.untyped_storage().size():
+        raise CompileError(
+            f"{place.label} has lost its memory after the run (is it sharded?): run without "
+            "compiling"
+        )
+
+
+def _refuse_sharded(territory: Territory) -> None:
+    """Refuse parameters that stand for others, which are put in their place as a module runs."""
+    for module, label in territory.modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_traceable_wrapper_subclass(parameter):
+                raise CompileError(
+                    f"{label}.{name} is a {type(parameter).__name__}, and a compiled program takes "
+                    "plain tensors: run sharded modules without compiling"
+                )
 
 
 def _repeated(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> bool:

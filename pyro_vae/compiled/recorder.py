@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_vae.compiled.answers import SELECTING
+from pyro_vae.compiled.places import same_values
 from pyro_vae.compiled.where import REMEDY, caller, where_now
 from pyro_vae.errors import CompileError
 
@@ -41,7 +42,7 @@ class Recorder(TorchDispatchMode):
         self.granted: dict[int, str] = {}
         self.drawn_on_cpu: str | None = None
         self._arguments = {id(argument) for argument in arguments}
-        self._versions: dict[int, int] = {}
+        self._before: dict[int, int | Tensor] = {}
         self._made = WeakTensorKeyDictionary()
         self._memory: set[int] = set()  # that operations allocated
         self._varying: set[int] = set()  # that of arguments and parameters
@@ -68,6 +69,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(value, Tensor):
                 given.add(_memory_of(value))
                 self._note_input(value)
+        if func is aten.as_strided.default and len(args) > 3 and args[0] not in self._made:
+            raise CompileError(
+                f"{where_now()} cannot be compiled: as_strided with an offset depends on where in "
+                "memory a tensor begins. Leave the offset out, and give it a slice"
+            )
         if torch.Tag.dynamic_output_shape in func.tags and caller() not in SELECTING:
             shaping = _shaping(func, args)
             self.grant(shaping, "the shape of its result depends on the values of a tensor")
@@ -95,7 +101,8 @@ class Recorder(TorchDispatchMode):
         if tensor in self._made or memory in self._memory or id(tensor) in self.inputs:
             return
         self.inputs[id(tensor)] = tensor
-        self._versions[id(tensor)] = tensor._version
+        # an inference tensor has no version
+        self._before[id(tensor)] = tensor.clone() if tensor.is_inference() else tensor._version
         if id(tensor) in self._arguments or tensor.requires_grad:
             self._varying.add(memory)
             self._fixed.pop(memory, None)
@@ -129,7 +136,10 @@ class Recorder(TorchDispatchMode):
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether this input was changed in place."""
-        return tensor._version != self._versions[id(tensor)]
+        before = self._before[id(tensor)]
+        if isinstance(before, Tensor):
+            return not same_values(tensor, before)
+        return tensor._version != before
 
 
 class Numbers(TorchFunctionMode):

@@ -22,6 +22,8 @@ from pyro_vae.compiled.replay import Replayed
 from pyro_vae.compiled.update import AdamUpdate, Decay, Pending
 from pyro_vae.errors import ConfigError
 
+NOTHING_TO_TRAIN = "the loss depends on no parameter that the optimizer trains"
+
 
 def fuse_step(
     computation: Computation,
@@ -163,7 +165,7 @@ class Step:
         parameters = self._update.parameters()
         gradients = gradients_of(outputs[0], parameters)
         if all(g is None for g in gradients):
-            raise ConfigError("the loss depends on no parameter that the optimizer trains")
+            raise ConfigError(NOTHING_TO_TRAIN)
         outputs = [output.detach() for output in outputs]
         with torch.no_grad():
             found = [g for g in gradients if g is not None]

@@ -17,8 +17,8 @@ from pyro_vae.compiled.backend import resolve
 from pyro_vae.compiled.fused import Computation, Fused
 from pyro_vae.compiled.module import loss_of
 from pyro_vae.compiled.places import Territory
-from pyro_vae.compiled.program import Backend
-from pyro_vae.compiled.step import Taken, fuse_step
+from pyro_vae.compiled.program import Backend, Results
+from pyro_vae.compiled.step import NOTHING_TO_TRAIN, Taken, fuse_step
 from pyro_vae.errors import ConfigError, NonFiniteError
 from pyro_vae.programs import modules_of
 from pyro_vae.typing import Program
@@ -191,6 +191,8 @@ class CompiledSVI:
         finite = torch.stack([t.isfinite().all() for t in (loss, *results.gradients)]).all()
         if not finite:
             return loss, finite
+        if not isinstance(self.optim, PyroOptim):
+            results = _reaching(results, self.optim, call.arguments)
         if results.wanted:
             call.differentiable(results)[0][0].backward()
         if isinstance(self.optim, PyroOptim):
@@ -232,6 +234,27 @@ def _length(args: tuple[Tensor, ...]) -> int:
     if len(set(lengths)) > 1 or lengths[0] == 0:
         raise ConfigError(f"steps takes tensors of one length, a row a step, got {lengths}")
     return lengths[0]
+
+
+def _reaching(
+    results: Results, optim: torch.optim.Optimizer, arguments: Sequence[Tensor]
+) -> Results:
+    """The results with those gradients that something is done with: of what the optimizer trains,
+    or what that may have been computed from, and of arguments. Others would pile up.
+
+    Raises:
+        ConfigError: there are none, and the optimizer has something to train.
+    """
+    trained = [p for group in optim.param_groups for p in group["params"] if p.requires_grad]
+    reached = {id(tensor) for tensor in (*trained, *arguments)}
+    pairs = [
+        (tensor, gradient)
+        for tensor, gradient in zip(results.wanted, results.gradients, strict=True)
+        if id(tensor) in reached or not tensor.is_leaf
+    ]
+    if trained and not pairs:
+        raise ConfigError(NOTHING_TO_TRAIN)
+    return results._replace(wanted=[t for t, _ in pairs], gradients=[g for _, g in pairs])
 
 
 def _registering(computation: Computation) -> Computation:

@@ -179,10 +179,12 @@ class AdamUpdate:
         for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
             if g is None:
                 continue
-            row = table[i].to(parameter.dtype)
+            held = (parameter, *(self.optimizer.state[parameter][name] for name in MOMENTS))
+            # as torch's fused kernels do: epsilon is nothing in 16 bits
+            precision = torch.float32 if parameter.itemsize < 4 else parameter.dtype
+            row = table[i].to(precision)
             step_size, eps_hat, toward_g, keep, toward_square, share = row.unbind()
-            first, second = (self.optimizer.state[parameter][name] for name in MOMENTS)
-            p = parameter
+            p, first, second, g = (tensor.to(precision) for tensor in (*held, g))
             if decays[i] == "decoupled":
                 p = p - share * p
             elif decays[i] == "coupled":
@@ -190,8 +192,8 @@ class AdamUpdate:
             m = first + toward_g * (g - first)
             v = keep * second + toward_square * g * g
             p = p - step_size * m / (v.sqrt() + eps_hat)
-            for held, new in ((parameter, p), (first, m), (second, v), (counts[i], counts[i] + 1)):
-                held.copy_(torch.where(finite, new, held))
+            for old, new in zip((*held, counts[i]), (p, m, v, counts[i] + 1), strict=True):
+                old.copy_(torch.where(finite, new.to(old.dtype), old))
 
     def finish(self) -> None:
         """Say that the step has been taken."""
