@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,19 @@ def seeded(seed: int | None) -> Iterator[None]:
 def generators_put_back() -> Any:
     """A context that puts torch's generators back, of the CPU and of every GPU."""
     return torch.random.fork_rng(range(torch.cuda.device_count()))
+
+
+def noted_generators() -> Callable[[], None]:
+    """Note where torch's generators are; what is returned puts them back there."""
+    cpu = torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put_back() -> None:
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+    return put_back
 
 
 def derive(seed: int, *keys: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,3 +137,41 @@ def test_in_generated_code_too_tanh_stays_within_one() -> None:
     [found] = inductor(graph, [REALS])(REALS)
     assert found.abs().max() <= 1
     assert relative_error(lambda _: found, REALS, REALS.double().tanh()) < 4
+
+
+def test_in_generated_code_tanh_reaches_one() -> None:
+    """And so its gradient zero: of what is left of it Adam would make whole steps."""
+    x = torch.cat([torch.linspace(9.02, 30, 1001), torch.tensor([1e4, math.inf])]).float()
+    graph = make_fx(lambda x: (x.tanh(), (-x).tanh(), 1 - x.tanh() ** 2))(x)
+    found, negative, gradient = inductor(graph, [x])(x)
+    assert found.unique().tolist() == [1.0]
+    assert negative.unique().tolist() == [-1.0]
+    assert gradient.unique().tolist() == [0.0]
+
+
+SMALL = torch.cat([torch.linspace(-1, 1, 20_001) * s for s in (1e-30, 1e-8, 1e-3, 0.5, 1, 20)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_minus_one(dtype: torch.dtype) -> None:
+    x = SMALL[SMALL != 0].to(dtype)
+    exact = np.expm1(x.numpy().astype(np.longdouble))
+    graph = make_fx(lambda x: (x.expm1(), x.clone().expm1_()))(x)
+    for found in (elementary.exp_minus_one(x), *inductor(graph, [x])(x)):
+        error = np.abs((found.numpy() - exact) / exact).max() / torch.finfo(dtype).eps
+        assert error < 2
+
+
+def test_exp_minus_one_of_what_is_not_finite() -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1e4, -1e4, 0.0]).float()
+    torch.testing.assert_close(elementary.exp_minus_one(x), x.expm1(), equal_nan=True)
+    half = elementary.exp_minus_one(SMALL.bfloat16())
+    torch.testing.assert_close(half, SMALL.bfloat16().expm1(), rtol=2**-7, atol=0)
+
+
+def test_units_made_of_exp_minus_one() -> None:
+    x = SMALL.float()
+    graph = make_fx(lambda x: (F.elu(x), F.selu(x)))(x)
+    exact = (F.elu(x.double()), F.selu(x.double()))
+    for found, want in zip(inductor(graph, [x])(x), exact, strict=True):
+        torch.testing.assert_close(found.double(), want, rtol=4 * EPS, atol=0)

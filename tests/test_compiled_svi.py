@@ -1,5 +1,6 @@
 """CompiledSVI against Pyro's SVI: the same script, the same numbers."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -248,16 +249,20 @@ def test_a_missing_compiler_is_an_error_that_says_so() -> None:
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("", "RuntimeError"),
-        ("LoweringException: KeyError\n  target: aten.mm", "LoweringException: KeyError"),
+        ("", "RuntimeError$"),
+        ("LoweringException: KeyError\n  target: aten.mm", "LoweringException: KeyError$"),
+        (
+            "OSError: [Errno 30] Read-only file system: '/cache/x.lock'\n",
+            r"OSError: \[Errno 30\] .*/x\.lock'\. See that .* in /.* set TORCHINDUCTOR_CACHE_DIR",
+        ),
         (
             "CppCompileError: C++ compile error\n\nOutput:\nk.cpp:3: error: none\n 3 | x",
-            "k.cpp:3: error: none (on a CPU it needs a working C++ compiler, g++ or clang++)",
+            r"k\.cpp:3: error: none\. .* a working C\+\+ compiler, .* TORCHINDUCTOR_CACHE_DIR",
         ),
     ],
 )
 def test_of_a_long_error_the_line_that_tells_most(said: str, told: str) -> None:
-    assert backend._said(RuntimeError(said)) == told
+    assert re.match(told, backend._said(RuntimeError(said)))
 
 
 @needs_compiler

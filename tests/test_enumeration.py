@@ -335,6 +335,16 @@ def test_svi_and_fit_train_on_it():
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
+def test_the_first_call_draws_what_the_others_draw():
+    """Though it runs twice, to see what is marked and to sum."""
+    model, guide, x = ClassModel(), ClassGuide(), torch.tensor([0.3, -1.0])
+    objective, found = ELBO(), []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        found.append((objective.loss(model, guide, x), torch.rand(()).item()))
+    assert found[0] == found[1]
+
+
 def test_the_compiled_objective_is_the_same():
     model, guide = pair()
     eager, compiled = ELBO()(model, guide), pv.compile(ELBO()(model, guide))

@@ -85,13 +85,12 @@ def inductor(
         options["unsafe_marked_cacheable_functions"] = _own_functions()
         if not vectorized:
             options["cpp.simdlen"] = 1
-        if matmul.available():
-            options["post_grad_custom_post_pass"] = matmul.FasterProducts()
+        options["post_grad_custom_post_pass"] = matmul.FasterProducts()
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value
         mode = FakeTensorMode(shape_env=ShapeEnv())
         fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
         try:
-            with _drawn_whole(), _shims_unmentioned(), tracing(TracingContext(mode)):
+            with _decomposing(on_cpu), _shims_unmentioned(), tracing(TracingContext(mode)):
                 return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
         except Exception as error:
             said = _said(error)
@@ -115,12 +114,24 @@ def _own_functions() -> dict[str, str]:
 
 
 def _said(error: Exception) -> str:
-    """The line that tells most of an error of TorchInductor, which may be hundreds long."""
+    """The line that tells most of an error of TorchInductor, which may be hundreds long, and what
+    may be done about those that are of the machine."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    kept = (
+        f"what torch keeps compiled in {cache_dir()} is whole and may be written: delete it, or "
+        "set TORCHINDUCTOR_CACHE_DIR to another folder"
+    )
+    if "[Errno" in lines[0]:
+        return f"{lines[0]}. See that {kept}"
     if not any("C++ compile" in line for line in lines):
         return lines[0]
     told = next((line for line in lines if "error:" in line), lines[0])
-    return f"{told} (on a CPU it needs a working C++ compiler, g++ or clang++)"
+    return (
+        f"{told}. On a CPU it needs a working C++ compiler, g++ or clang++. If there is one, see "
+        f"that {kept}"
+    )
 
 
 @contextmanager
@@ -136,13 +147,21 @@ def _shims_unmentioned() -> Iterator[None]:
 
 
 @contextmanager
-def _drawn_whole() -> Iterator[None]:
-    """Have TorchInductor leave `_DRAWN_WHOLE` alone. (A table of our own, handed to `compile_fx`,
-    would be part of the key of torch's cache, which cannot hold it.)"""
+def _decomposing(on_cpu: bool) -> Iterator[None]:
+    """Have TorchInductor leave `_DRAWN_WHOLE` alone and, on a CPU, take our exp(x) - 1, of which
+    it makes others (`elu`). (A table of our own, handed to `compile_fx`, would be part of the key
+    of torch's cache, which cannot hold it.)"""
     from torch._inductor.decomposition import decompositions
 
-    taken = {op: decompositions.pop(op) for op in _DRAWN_WHOLE if op in decompositions}
+    from pyro_vae.compiled.elementary import exp_minus_one
+
+    before = dict(decompositions)
+    for operation in _DRAWN_WHOLE:
+        decompositions.pop(operation, None)
+    if on_cpu:
+        decompositions[torch.ops.aten.expm1.default] = exp_minus_one
     try:
         yield
     finally:
-        decompositions.update(taken)
+        decompositions.clear()
+        decompositions.update(before)

@@ -8,6 +8,7 @@ in float32 and rounded once, as torch does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -16,17 +17,23 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.inductor_prims import fma
 
+_LESS_THAN_SINGLE = (torch.bfloat16, torch.float16)
 # numerator (odd powers) and denominator (even powers), from the highest, of the approximation that
-# Eigen (`generic_fast_tanh_float`) and XLA use, and how far it reaches: beyond, it tells no
-# difference from one
+# Eigen (`generic_fast_tanh_float`) and XLA use, and how far it reaches: there it is one, if
+# products and sums are one operation
 _ODD = (
     -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
     1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
 )  # fmt: skip
 _EVEN = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
-_REACH = 7.90531110763549805
+_REACH = 7.99881172180175781
 # of the series of artanh(s) / s in s squared, enough for s up to 1/3
 _ARTANH = tuple(1 / k for k in range(17, 0, -2))
+# of the series of (exp(x) - 1) / x, enough for x up to 1/2 in either precision
+_EXPONENTIAL = {
+    dtype: tuple(1 / math.factorial(k) for k in range(terms, 0, -1))
+    for dtype, terms in ((torch.float32, 9), (torch.float64, 16))
+}
 
 
 def _in_single(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -67,6 +74,14 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.where(x < 0, small, 1.0) / (1 + small)
 
 
+def exp_minus_one(x: Tensor) -> Tensor:
+    """exp(x) - 1, to two units of the last place. Generated code takes the difference as it stands,
+    which of a small x leaves nothing."""
+    single = x.float() if x.dtype in _LESS_THAN_SINGLE else x
+    small = single * _polynomial(_EXPONENTIAL[single.dtype], single)
+    return torch.where(single.abs() < 0.5, small, single.exp() - 1).to(x.dtype)
+
+
 def cross_entropy_of_logits(logits: Tensor, target: Tensor) -> Tensor:
     """The binary cross entropy of each element, as torch computes it."""
     log_sigmoid = logits.clamp(max=0) - log_one_plus((-logits.abs()).exp())
@@ -84,7 +99,7 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 _SINGLE = (torch.float32,)
-_AT_MOST_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_AT_MOST_SINGLE = (*_SINGLE, *_LESS_THAN_SINGLE)
 # by operation: what stands for it where its arguments after the tensors are these, and of what
 _INSTEAD: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...], tuple[torch.dtype, ...]]] = {
     torch.ops.aten.tanh.default: (tanh, (), _AT_MOST_SINGLE),

@@ -22,7 +22,7 @@ from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.mkldnn_ir import LinearUnary, _create_output_node
 
-from pyro_vae.compiled import in_memory
+from pyro_vae.compiled import elementary, in_memory
 
 # below this many multiplications a call's overhead counts for more than the arithmetic
 _SMALLEST = 1_000_000
@@ -76,6 +76,8 @@ class FasterProducts(CustomGraphPass):
     others."""
 
     def __call__(self, graph: fx.Graph) -> None:
+        if not available():
+            return
         choices: dict[Any, bool] = {}
         for node in list(graph.nodes):
             operands = _operands(node)
@@ -99,9 +101,10 @@ class FasterProducts(CustomGraphPass):
             graph.erase_node(node)
 
     def uuid(self) -> bytes:
-        # with what the other operator of ours becomes, of which torch's key knows nothing else
-        files = (__file__, str(in_memory.__file__))
-        return get_hash_for_files(files, f"{torch.get_num_threads()}")
+        # with what else of ours torch's key knows nothing of: what an operator becomes, and into
+        # what one of torch's is taken apart
+        files = (__file__, str(in_memory.__file__), str(elementary.__file__))
+        return get_hash_for_files(files, f"{torch.get_num_threads()}, {available()}")
 
 
 def available() -> bool:

@@ -174,7 +174,8 @@ class AdamUpdate:
         step_size = lr * root / (1 - (steps * log_beta1).exp())
         keep = 1 - toward_square
         columns = (step_size, eps * root, toward_g, keep, toward_square, share)
-        common = reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
+        dtypes = {parameter.dtype for parameter in parameters}
+        common = reduce(torch.promote_types, dtypes, torch.float32)
         table = torch.stack([column.to(common) for column in columns], 1)
         for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
             if g is None:

@@ -25,6 +25,7 @@ from pyro_vae.objectives.dimensions import dimension_first, factor, factors, mon
 from pyro_vae.objectives.expectation import Expectation
 from pyro_vae.objectives.remembered import Remembered
 from pyro_vae.programs import Pair, Run, Site
+from pyro_vae.seeding import noted_generators
 from pyro_vae.typing import Program
 
 
@@ -80,8 +81,7 @@ class ELBO(Objective):
         if gradient == "stl" and kl != "monte_carlo":
             raise ConfigError(f'gradient="stl" is of the Monte Carlo KL, got kl={kl!r}')
         super().__init__(num_particles, max_plate_nesting)
-        self._enumerated: Remembered[bool] = Remembered()  # pairs with marked sites
-        self._num_enumerated = 0  # tells `compile` that a run found one, and drew twice
+        self._enumerated: Remembered[bool] = Remembered()  # whether a pair has marked sites
         self.kl = kl
         self.gradient = gradient
         self.free_bits = nonnegative("free_bits", free_bits)
@@ -128,13 +128,17 @@ class ELBO(Objective):
     _enumerates = True
 
     def _run(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Pair, Run]:
-        pair = self._pair(model, guide, args, kwargs, self._enumerated.get(model, guide))
+        known = self._enumerated.get(model, guide)
+        pair = self._pair(model, guide, args, kwargs, known)
+        put_generators_back = noted_generators() if known is None else None
         run = pair.run()
         marked = any(site["infer"].get("enumerate") == "parallel" for site in run.guide.values())
+        if marked is not known:
+            self._enumerated.keep(model, guide, marked)
         if marked and not pair.enumerate:
-            self._enumerated.keep(model, guide, True)
-            self._num_enumerated += 1
             pair = self._pair(model, guide, args, kwargs, plates=True)  # values go left of them
+            if put_generators_back:
+                put_generators_back()
             run = pair.run()
         return pair, run
 

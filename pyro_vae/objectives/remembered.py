@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from operator import is_
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
@@ -31,9 +32,15 @@ class Remembered(Generic[T]):
         return None
 
     def keep(self, model: Program, guide: Program, value: T) -> None:
-        """Set the value of a pair that has none, and forget the pairs that are no more."""
-        alive = [kept for kept in self._kept if all(hold() is not None for hold in kept[0])]
-        self._kept = [*alive, ([_hold(part) for part in _parts(model, guide)], value)]
+        """Set the pair's value, and forget the pairs that are no more."""
+        pair = _parts(model, guide)
+        others = []
+        for holders, kept in self._kept:
+            parts = [hold() for hold in holders]
+            gone = any(part is None for part in parts)
+            if not gone and not all(map(is_, parts, pair)):
+                others.append((holders, kept))
+        self._kept = [*others, ([_hold(part) for part in pair], value)]
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
