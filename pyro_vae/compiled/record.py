@@ -45,8 +45,8 @@ class Recording:
         captured: the tensors it used besides its arguments, and where each is found.
         outputs: what it returned; `gradients` of the first for each of `wanted`, None if unused.
         changed: the tensors that it may change and did, and the values that it gave them.
-        granted: of the captured, those whose values it takes for granted.
-        frozen: what a graph of it takes for granted.
+        granted: of the captured, those whose values decide a shape or a place in a list.
+        frozen: what else a graph of it takes for granted, and where each is found.
     """
 
     captured: list[tuple[Tensor, AnyPlace]]
