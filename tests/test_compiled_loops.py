@@ -1,6 +1,7 @@
 """In loops of torch's: other optimizers, tensors of other kinds, hooks on all modules."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -162,6 +163,30 @@ def test_hooks_on_all_modules_are_seen(hook: Callable[[float], Any]) -> None:
     agree(loss, fused, x)
     assert any(not torch.equal(a, b) for a, b in zip(plain, hooked, strict=True) if b is not None)
     assert programs(fused) == 2
+
+
+@dataclass
+class Scaled:
+    """A hook that is compared by value, and so has no hash."""
+
+    factor: float
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return self.factor * output
+
+
+def test_hooks_on_all_modules_need_no_hash() -> None:
+    linear = nn.Linear(3, 3)
+    loss = program(lambda x: linear(x).sum())
+    fused = compiled(loss, X)
+    for factor in (2.0, 3.0):
+        handle = modules.register_module_forward_hook(Scaled(factor))
+        try:
+            agree(loss, fused, X)
+        finally:
+            handle.remove()
+    agree(loss, fused, X)
+    assert programs(fused) == 3
 
 
 class TestOtherTensors:

@@ -1,9 +1,10 @@
-"""Functions that generated vector code on a CPU computes slowly, by faster formulas.
+"""Functions that generated vector code on a CPU computes slowly, or wrongly, by other formulas.
 
 The vector library that TorchInductor calls is right to one unit of the last place of float32, and
 takes several times as long as a quotient of polynomials that is right to two or four. A sigmoid and
 a cross entropy of the same logits share their exponential. What is of less than float32 is computed
-in float32 and rounded once, as torch does.
+in float32 and rounded once, as torch does. What is wrong there is differences: of a small argument
+(artanh, the error function), or near one (its inverse), they leave nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ _EXPONENTIAL = {
     dtype: tuple(1 / math.factorial(k) for k in range(terms, 0, -1))
     for dtype, terms in ((torch.float32, 9), (torch.float64, 16))
 }
+# of the series of erf(x) / x in x squared, enough for x up to 1/2
+_ERROR = tuple(
+    2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in range(7, -1, -1)
+)
 
 
 def _in_single(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -82,6 +87,25 @@ def exp_minus_one(x: Tensor) -> Tensor:
     return torch.where(single.abs() < 0.5, small, single.exp() - 1).to(x.dtype)
 
 
+def artanh(x: Tensor) -> Tensor:
+    """The inverse of the hyperbolic tangent, to four units of the last place."""
+    size = x.abs()
+    return (0.5 * (2 * size / (1 - size)).log1p()).copysign(x)
+
+
+@_in_single
+def erf(x: Tensor) -> Tensor:
+    """The error function, to two units of the last place of float32."""
+    return torch.where(x.abs() < 0.5, x * _polynomial(_ERROR, x * x), x.erf())
+
+
+def erfinv(x: Tensor) -> Tensor:
+    """The inverse of the error function; of what is near one by what it lacks of one."""
+    size = x.abs()
+    tail = -torch.special.ndtri((1 - size) / 2) / math.sqrt(2)
+    return torch.where(size < 0.5, x.erfinv(), tail.copysign(x))
+
+
 def cross_entropy_of_logits(logits: Tensor, target: Tensor) -> Tensor:
     """The binary cross entropy of each element, as torch computes it."""
     log_sigmoid = logits.clamp(max=0) - log_one_plus((-logits.abs()).exp())
@@ -100,11 +124,15 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 _SINGLE = (torch.float32,)
 _AT_MOST_SINGLE = (*_SINGLE, *_LESS_THAN_SINGLE)
+_SINGLE_OR_DOUBLE = (*_SINGLE, torch.float64)
 # by operation: what stands for it where its arguments after the tensors are these, and of what
 _INSTEAD: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...], tuple[torch.dtype, ...]]] = {
     torch.ops.aten.tanh.default: (tanh, (), _AT_MOST_SINGLE),
     torch.ops.aten.sigmoid.default: (sigmoid, (), _AT_MOST_SINGLE),
     torch.ops.aten.softplus.default: (softplus, (), _AT_MOST_SINGLE),
+    torch.ops.aten.atanh.default: (artanh, (), _SINGLE_OR_DOUBLE),
+    torch.ops.aten.erf.default: (erf, (), _AT_MOST_SINGLE),
+    torch.ops.aten.erfinv.default: (erfinv, (), _SINGLE_OR_DOUBLE),
     # no weights, no reduction; of less than float32 torch rounds every term
     torch.ops.aten.binary_cross_entropy_with_logits.default: (
         cross_entropy_of_logits, (None, None, 0), _SINGLE
@@ -113,7 +141,7 @@ _INSTEAD: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...], tuple[torch.dt
 
 
 def approximate(graph: fx.GraphModule) -> None:
-    """Replace these functions where they are of float32, or of what is computed in it, on a CPU."""
+    """Replace these functions on a CPU, where they are of these precisions."""
     for node in graph.graph.nodes:
         if node.target not in _INSTEAD or node.kwargs:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -304,8 +304,11 @@ def _surroundings() -> tuple[Any, ...]:
             for device in ("cpu", "cuda")
         ),
         pyro.settings.get("module_local_params"),
-        # on every module that is called
-        *(tuple(hooks.values()) for hooks in _HOOKS),
+        # on every module that is called; one that has no hash, by torch's number for it
+        *(
+            tuple(hook if isinstance(hook, Hashable) else number for number, hook in hooks.items())
+            for hooks in _HOOKS
+        ),
     )
 
 
