@@ -89,7 +89,8 @@ class VAE(Generative):
     Model and guide are `nn.Module`s with sites `"z"` and `"x"` in the plate `"data"`; each is
     called with data `x` of shape `(N, features)` and, where the parts take one, a `context` of
     shape `(N, ...)`; a part that takes none is called without. They go to `SVI(vae.model,
-    vae.guide, ...)`, to any `ELBO()(vae.model, vae.guide)`, and to every tool of this library.
+    vae.guide, ...)`, to any `ELBO()(vae.model, vae.guide)`, and to every tool of this library. Give
+    the context by position, `svi.step(x, context)`: Pyro's handlers take the keyword for their own.
 
     Args:
         prior: returns p(z), event shape `(latent,)`: a module or any callable (not a distribution
