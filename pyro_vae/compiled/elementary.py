@@ -41,17 +41,17 @@ _ERROR = tuple(
 )
 
 
-def _in_single(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function computed in float32, its result of the argument's precision."""
+def _at_least_single(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function computed in float32 of what is of less, and rounded once."""
 
     @wraps(function)
     def computed(x: Tensor) -> Tensor:
-        return function(x.float()).to(x.dtype)
+        return function(x.float() if x.dtype in _LESS_THAN_SINGLE else x).to(x.dtype)
 
     return computed
 
 
-@_in_single
+@_at_least_single
 def tanh(x: Tensor) -> Tensor:
     """The hyperbolic tangent, to four units of the last place of float32."""
     x = x.clamp(-_REACH, _REACH)
@@ -66,39 +66,41 @@ def log_one_plus(x: Tensor) -> Tensor:
     return 2 * s * _polynomial(_ARTANH, s * s)
 
 
-@_in_single
+@_at_least_single
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x))."""
     return x.clamp(min=0) + log_one_plus((-x.abs()).exp())
 
 
-@_in_single
+@_at_least_single
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)), by the exponential that the cross entropy of x needs as well."""
     small = (-x.abs()).exp()
     return torch.where(x < 0, small, 1.0) / (1 + small)
 
 
+@_at_least_single
 def exp_minus_one(x: Tensor) -> Tensor:
     """exp(x) - 1, to two units of the last place. Generated code takes the difference as it stands,
     which of a small x leaves nothing."""
-    single = x.float() if x.dtype in _LESS_THAN_SINGLE else x
-    small = single * _polynomial(_EXPONENTIAL[single.dtype], single)
-    return torch.where(single.abs() < 0.5, small, single.exp() - 1).to(x.dtype)
+    small = x * _polynomial(_EXPONENTIAL[x.dtype], x)
+    return torch.where(x.abs() < 0.5, small, x.exp() - 1)
 
 
+@_at_least_single
 def artanh(x: Tensor) -> Tensor:
     """The inverse of the hyperbolic tangent, to four units of the last place."""
     size = x.abs()
     return (0.5 * (2 * size / (1 - size)).log1p()).copysign(x)
 
 
-@_in_single
+@_at_least_single
 def erf(x: Tensor) -> Tensor:
     """The error function, to two units of the last place of float32."""
     return torch.where(x.abs() < 0.5, x * _polynomial(_ERROR, x * x), x.erf())
 
 
+@_at_least_single
 def erfinv(x: Tensor) -> Tensor:
     """The inverse of the error function; of what is near one by what it lacks of one."""
     size = x.abs()
@@ -124,15 +126,15 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 _SINGLE = (torch.float32,)
 _AT_MOST_SINGLE = (*_SINGLE, *_LESS_THAN_SINGLE)
-_SINGLE_OR_DOUBLE = (*_SINGLE, torch.float64)
+_ANY = (*_AT_MOST_SINGLE, torch.float64)
 # by operation: what stands for it where its arguments after the tensors are these, and of what
 _INSTEAD: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...], tuple[torch.dtype, ...]]] = {
     torch.ops.aten.tanh.default: (tanh, (), _AT_MOST_SINGLE),
     torch.ops.aten.sigmoid.default: (sigmoid, (), _AT_MOST_SINGLE),
     torch.ops.aten.softplus.default: (softplus, (), _AT_MOST_SINGLE),
-    torch.ops.aten.atanh.default: (artanh, (), _SINGLE_OR_DOUBLE),
+    torch.ops.aten.atanh.default: (artanh, (), _ANY),
     torch.ops.aten.erf.default: (erf, (), _AT_MOST_SINGLE),
-    torch.ops.aten.erfinv.default: (erfinv, (), _SINGLE_OR_DOUBLE),
+    torch.ops.aten.erfinv.default: (erfinv, (), _ANY),
     # no weights, no reduction; of less than float32 torch rounds every term
     torch.ops.aten.binary_cross_entropy_with_logits.default: (
         cross_entropy_of_logits, (None, None, 0), _SINGLE

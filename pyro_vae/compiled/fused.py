@@ -15,8 +15,12 @@ import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch._C import _autograd as autograd
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
+from torch.nn.utils import parametrize
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
@@ -139,7 +143,7 @@ class Fused:
         run = partial(self._computation, *args, **kwargs)
         tensors = [leaf for leaf in own if isinstance(leaf, Tensor)]
         try:
-            with _without_autocast_cache():
+            with _alone():
                 program = Program(run, tensors, self._territory, self._backend)
         except PyroVAEError:
             raise
@@ -223,14 +227,27 @@ def _fails(run: Callable[[], Any]) -> bool:
 
 
 @contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Under autocast torch keeps the cast of a parameter, which would be a constant to a trace."""
-    enabled = torch.is_autocast_cache_enabled()
+def _alone() -> Iterator[None]:
+    """Keep out what would stand still in a graph, or have no place there.
+
+    Torch's caches: of casts, under autocast, and of what parametrizations work out. Hooks on what
+    autograd saves (those of `checkpoint`, which calls the compiled program again): a graph knows
+    its gradient.
+    """
+    casts, parametrizations = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
+    hooks = []
+    while (pair := autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(pair)
+        autograd._pop_saved_tensors_default_hooks()
     torch.set_autocast_cache_enabled(False)
+    parametrize._cache_enabled = 0
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(enabled)
+        parametrize._cache_enabled = parametrizations
+        torch.set_autocast_cache_enabled(casts)
+        for pair in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(*pair)
 
 
 def _tell(message: str) -> None:
@@ -304,6 +321,11 @@ def _surroundings() -> tuple[Any, ...]:
             for device in ("cpu", "cuda")
         ),
         pyro.settings.get("module_local_params"),
+        # the default device is one, and another for every `with`
+        *(
+            mode.device if isinstance(mode, DeviceContext) else mode
+            for mode in _get_current_function_mode_stack()
+        ),
         # on every module that is called; one that has no hash, by torch's number for it
         *(
             tuple(hook if isinstance(hook, Hashable) else number for number, hook in hooks.items())

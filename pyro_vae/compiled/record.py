@@ -17,7 +17,9 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_vae.compiled import places
 from pyro_vae.compiled.places import AnyPlace, Held, Territory
@@ -75,7 +77,8 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
         CompileError: each run changes the program: an attribute, a tensor that is no module's
             buffer, the state of Python's or numpy's generator, or what it computes.
     """
-    _refuse_sharded(territory)
+    _refuse_distributed(territory)
+    made = WeakTensorKeyDictionary()
     previous: list[Tensor] | None = None
     replaced: _Replaced | None = None
     for validation in [is_validation_enabled(), *[False] * _ATTEMPTS]:
@@ -86,7 +89,7 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
                 preserved(territory, arguments) as changes,
                 _found_modules(territory, changes),
             ):
-                recording = _run(run, arguments, territory, changes)
+                recording = _run(run, arguments, territory, changes, made)
         except _Replaced as error:
             replaced = error
             continue
@@ -127,7 +130,7 @@ def rerun(
                 for t in moved:
                     signs = 1 - 2 * (torch.arange(t.numel(), device=t.device) % 2).view(t.shape)
                     t += torch.finfo(t.dtype).eps * (1 + t.abs()) * signs
-            return _run(run, arguments, territory, changes)
+            return _run(run, arguments, territory, changes, WeakTensorKeyDictionary())
         finally:
             with torch.no_grad():
                 for t, before in zip(moved, saved, strict=True):
@@ -238,8 +241,17 @@ def _found_modules(territory: Territory, changes: Changes) -> Iterator[None]:
 
 
 def _run(
-    run: Run, arguments: Sequence[Tensor], territory: Territory, changes: Changes
+    run: Run,
+    arguments: Sequence[Tensor],
+    territory: Territory,
+    changes: Changes,
+    made: WeakTensorKeyDictionary,
 ) -> Recording:
+    """Record a run.
+
+    Args:
+        made: what the runs before made; what this one makes is added.
+    """
     known = places.tensors(territory.places())
     before = _foreign_draws(territory)
     with Recorder(arguments) as recorder, Numbers(recorder):
@@ -258,7 +270,14 @@ def _run(
     own = {id(t): Held(t, "an argument") for t in arguments}
     captured = []
     for key, tensor in recorder.inputs.items():
-        place = own.get(key) or known.get(key) or Held(tensor, f"a tensor {tuple(tensor.shape)}")
+        place = own.get(key) or known.get(key)
+        if place is None and tensor in made:
+            raise CompileError(
+                f"the program keeps a tensor of shape {tuple(tensor.shape)} that it has made where "
+                "nothing finds it (in a cache?), and it would stand still: make it anew at every "
+                "run, or keep it in a buffer that is changed in place"
+            )
+        place = place or Held(tensor, f"a tensor {tuple(tensor.shape)}")
         replaced = place.get() is not tensor
         if replaced or (recorder.changed(tensor) and tensor not in changes):
             raise (_Replaced if replaced else CompileError)(
@@ -273,6 +292,8 @@ def _run(
         if key not in own:
             _refuse_strange(tensor, place)
             captured.append((tensor, place))
+    for tensor in recorder.kept():
+        made[tensor] = True
     wanted = [t for t in (*arguments, *(t for t, _ in captured)) if t.requires_grad]
     with without_hooks(wanted):
         gradients = gradients_of(outputs[0], wanted)
@@ -300,9 +321,14 @@ def _refuse_strange(tensor: Tensor, place: AnyPlace) -> None:
         )
 
 
-def _refuse_sharded(territory: Territory) -> None:
-    """Refuse parameters that stand for others, which are put in their place as a module runs."""
+def _refuse_distributed(territory: Territory) -> None:
+    """Refuse modules that talk to other processes as they run: a graph of them does not."""
     for module, label in territory.modules.items():
+        if isinstance(module, DistributedDataParallel):
+            raise CompileError(
+                f"{label} is a DistributedDataParallel, which waits for its forward to be called: "
+                "put it around the whole, DistributedDataParallel(pv.compile(...))"
+            )
         for name, parameter in module.named_parameters(recurse=False):
             if is_traceable_wrapper_subclass(parameter):
                 raise CompileError(

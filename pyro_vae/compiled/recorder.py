@@ -19,6 +19,7 @@ from pyro_vae.compiled.where import REMEDY, caller, where_now
 from pyro_vae.errors import CompileError
 
 aten = torch.ops.aten
+_BETWEEN_PROCESSES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 class Recorder(TorchDispatchMode):
@@ -56,6 +57,11 @@ class Recorder(TorchDispatchMode):
                 f"{where_now()} cannot be compiled: torch's {func.name()} calls functions that "
                 f"nothing here looks into. {REMEDY}."
             )
+        if func.namespace in _BETWEEN_PROCESSES:
+            raise CompileError(
+                f"{where_now()} cannot be compiled: it waits for other processes. Have them add up "
+                "the gradients of the compiled loss: DistributedDataParallel(pv.compile(...))"
+            )
         if kwargs.get("generator") is not None:
             raise CompileError(
                 f"{where_now()} cannot be compiled: it draws from a generator of its own, which "
@@ -88,6 +94,15 @@ class Recorder(TorchDispatchMode):
                 if _memory_of(value) not in given:
                     self._memory.add(_memory_of(value))
         return out
+
+    def kept(self) -> list[Tensor]:
+        """Tensors that the run made, and not from constants alone, as far as they are still there;
+        without those that can be trained."""
+        return [
+            tensor for tensor in self._made
+            if _memory_of(tensor) not in self._fixed
+            and not (tensor.requires_grad and tensor.is_leaf)
+        ]  # fmt: skip
 
     def _note_draw(self, out: Any) -> None:
         if self.drawn_on_cpu is None and all(

@@ -44,7 +44,9 @@ class CompiledSVI:
             which trains every parameter that the programs register (`pyro.param`, `pyro.module`).
             torch's Adam and AdamW are much the fastest: their update becomes part of the graph, and
             on CUDA the whole step is captured and replayed as one launch. Another that has a fused
-            version is told to use it, where the user did not choose.
+            version is told to use it, where the user did not choose. Where parameters have hooks,
+            torch takes the step, and calls them. It cannot be seen whether the nodes have any that
+            add a parameter's gradient up (`AccumulateGrad`): `pyro_vae.compile` calls those.
         loss: an objective of this library, one of Pyro's that has a `differentiable_loss`, or a
             function `loss(model, guide, *args, **kwargs)` that returns a tensor.
         backend: see `pyro_vae.compile`.
