@@ -213,3 +213,44 @@ def test_at_the_ends_of_what_they_take(dtype: torch.dtype) -> None:
             # also the sign of zero
             torch.testing.assert_close(1 / found, 1 / exact, equal_nan=True)
     torch.testing.assert_close(elementary.erf(x.float()), x.float().erf(), equal_nan=True)
+
+
+TENTHS = torch.cat([
+    torch.arange(-40, 41, dtype=torch.float64) / 10,
+    torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e-30], dtype=torch.float64),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_division_that_rounds_down(dtype: torch.dtype) -> None:
+    def divided(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        whole = torch.arange(-20, 20)
+        return (
+            x // 0.1, x // -0.3, x // y, x // 0, 3.0 // x, x // math.inf,
+            x.clone().floor_divide_(0.1), torch.div(x, 0.1, rounding_mode="floor"),
+            torch.div(x, y, rounding_mode="trunc"), whole // 3, whole // 0.7,
+        )  # fmt: skip
+
+    x = TENTHS.to(dtype)
+    y = 0.3 * x.flip(0)
+    graph = make_fx(divided)(x, y)
+    for found, want in zip(inductor(graph, [x, y])(x, y), divided(x, y), strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_numbers_are_those_of_torch(dtype: torch.dtype) -> None:
+    def rows(x: Tensor) -> tuple[Tensor, ...]:
+        edges = torch.linspace(-4, 4, 81, dtype=dtype)
+        return (
+            edges, torch.linspace(0, 1, 1001, dtype=dtype).mul_(2),
+            torch.logspace(-3, 3, 61, dtype=dtype), torch.arange(-4, 4, 0.1, dtype=dtype),
+            torch.arange(9, dtype=dtype), torch.arange(2, 9),
+            torch.bucketize(x, edges),
+        )  # fmt: skip
+
+    x = TENTHS.to(dtype)
+    run = inductor(make_fx(rows)(x), [x])
+    for _ in range(2):  # nothing of the first call is left in the second
+        for found, want in zip(run(x), rows(x), strict=True):
+            torch.testing.assert_close(found, want, rtol=0, atol=0)

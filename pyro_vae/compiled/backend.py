@@ -21,8 +21,9 @@ from pyro_vae.compiled.memory import keep_freed_memory
 from pyro_vae.compiled.program import Backend
 from pyro_vae.errors import CompileError
 
+aten = torch.ops.aten
 # torch would compare with uniforms in float32, which are other draws than eager's in float64
-_DRAWN_WHOLE = (torch.ops.aten.bernoulli.default, torch.ops.aten.bernoulli.p)
+_DRAWN_WHOLE = (aten.bernoulli.default, aten.bernoulli.p)
 
 
 def resolve(backend: str | Backend, objective: Any = None) -> Backend:
@@ -68,7 +69,9 @@ def inductor(
         from pyro_vae.compiled.biases import add_up_biases
         from pyro_vae.compiled.draws import draw_at_once
         from pyro_vae.compiled.elementary import approximate
+        from pyro_vae.compiled.rows import make_rows
 
+        make_rows(graph)
         draw_at_once(graph)
         convolutions.lay_out(graph)
         convolutions.multiply_out(graph)
@@ -148,18 +151,20 @@ def _shims_unmentioned() -> Iterator[None]:
 
 @contextmanager
 def _decomposing(on_cpu: bool) -> Iterator[None]:
-    """Have TorchInductor leave `_DRAWN_WHOLE` alone and, on a CPU, take our exp(x) - 1, of which
-    it makes others (`elu`). (A table of our own, handed to `compile_fx`, would be part of the key
-    of torch's cache, which cannot hold it.)"""
+    """Have TorchInductor leave `_DRAWN_WHOLE` alone, take our division that rounds down and, on a
+    CPU, our exp(x) - 1, of which it makes others (`elu`). (A table of our own, handed to
+    `compile_fx`, would be part of the key of torch's cache, which cannot hold it.)"""
     from torch._inductor.decomposition import decompositions
 
-    from pyro_vae.compiled.elementary import exp_minus_one
+    from pyro_vae.compiled.elementary import divide_and_round, exp_minus_one
 
     before = dict(decompositions)
     for operation in _DRAWN_WHOLE:
         decompositions.pop(operation, None)
+    for operation in (aten.div.Tensor_mode, aten.div.Scalar_mode):
+        decompositions[operation] = divide_and_round
     if on_cpu:
-        decompositions[torch.ops.aten.expm1.default] = exp_minus_one
+        decompositions[aten.expm1.default] = exp_minus_one
     try:
         yield
     finally:

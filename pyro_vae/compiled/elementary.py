@@ -108,6 +108,14 @@ def erfinv(x: Tensor) -> Tensor:
     return torch.where(size < 0.5, x.erfinv(), tail.copysign(x))
 
 
+def divide_and_round(a: Any, b: Any, *, rounding_mode: str | None) -> Tensor:
+    """a / b rounded down, by the remainder, as torch does. Generated code rounds the quotient,
+    which may be a whole number by rounding: -2.7 // 0.1 is -28."""
+    if rounding_mode != "floor" or not torch.result_type(a, b).is_floating_point:
+        return NotImplemented
+    return torch._refs.floor_divide(a, b)
+
+
 def cross_entropy_of_logits(logits: Tensor, target: Tensor) -> Tensor:
     """The binary cross entropy of each element, as torch computes it."""
     log_sigmoid = logits.clamp(max=0) - log_one_plus((-logits.abs()).exp())
