@@ -254,3 +254,21 @@ def test_rows_of_numbers_are_those_of_torch(dtype: torch.dtype) -> None:
     for _ in range(2):  # nothing of the first call is left in the second
         for found, want in zip(run(x), rows(x), strict=True):
             torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_gradients_in_generated_code() -> None:
+    """Against float64: near one artanh and erfinv make more of an argument's rounding."""
+
+    def gradients(x: Tensor) -> tuple[Tensor, ...]:
+        target = 0.3 * torch.ones_like(x)
+        unit = x.tanh() * 0.99
+        values = (
+            x.tanh(), x.sigmoid(), F.softplus(x), x.erf(), x.expm1(), unit.atanh(), unit.erfinv(),
+            F.binary_cross_entropy_with_logits(x, target, reduction="none"),
+        )  # fmt: skip
+        return tuple(torch.autograd.grad(v.sum(), x, retain_graph=True)[0] for v in values)
+
+    x = torch.cat([3 * UNIT[::97], -3 * UNIT[::89]]).requires_grad_()
+    exact = gradients(x.detach().double().requires_grad_())
+    for found, want in zip(inductor(make_fx(gradients)(x), [x])(x), exact, strict=True):
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
