@@ -222,13 +222,15 @@ TENTHS = torch.cat([
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_division_that_rounds_down(dtype: torch.dtype) -> None:
+def test_division_that_rounds_down_and_what_it_leaves(dtype: torch.dtype) -> None:
     def divided(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         whole = torch.arange(-20, 20)
         return (
             x // 0.1, x // -0.3, x // y, x // 0, 3.0 // x, x // math.inf,
             x.clone().floor_divide_(0.1), torch.div(x, 0.1, rounding_mode="floor"),
             torch.div(x, y, rounding_mode="trunc"), whole // 3, whole // 0.7,
+            x % 0.1, x % -0.3, x % y, x % 0, 3.0 % x, x % math.inf, x.clone().remainder_(0.1),
+            whole % 3, whole % 0.7,
         )  # fmt: skip
 
     x = TENTHS.to(dtype)

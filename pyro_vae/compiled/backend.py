@@ -152,11 +152,14 @@ def _shims_unmentioned() -> Iterator[None]:
 @contextmanager
 def _decomposing(on_cpu: bool) -> Iterator[None]:
     """Have TorchInductor leave `_DRAWN_WHOLE` alone, take our division that rounds down and, on a
-    CPU, our exp(x) - 1, of which it makes others (`elu`). (A table of our own, handed to
-    `compile_fx`, would be part of the key of torch's cache, which cannot hold it.)"""
+    CPU, our remainder and our exp(x) - 1, of which it makes others (`elu`).
+
+    (A table of our own, handed to `compile_fx`, would be part of the key of torch's cache, which
+    cannot hold it.)
+    """
     from torch._inductor.decomposition import decompositions
 
-    from pyro_vae.compiled.elementary import divide_and_round, exp_minus_one
+    from pyro_vae.compiled.elementary import divide_and_round, exp_minus_one, remainder
 
     before = dict(decompositions)
     for operation in _DRAWN_WHOLE:
@@ -165,6 +168,12 @@ def _decomposing(on_cpu: bool) -> Iterator[None]:
         decompositions[operation] = divide_and_round
     if on_cpu:
         decompositions[aten.expm1.default] = exp_minus_one
+        for operation in (
+            aten.remainder.Tensor,
+            aten.remainder.Scalar,
+            aten.remainder.Scalar_Tensor,
+        ):
+            decompositions[operation] = remainder
     try:
         yield
     finally:

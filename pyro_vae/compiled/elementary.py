@@ -116,6 +116,14 @@ def divide_and_round(a: Any, b: Any, *, rounding_mode: str | None) -> Tensor:
     return torch._refs.floor_divide(a, b)
 
 
+def remainder(a: Any, b: Any) -> Tensor:
+    """a modulo b, exactly, as torch does; generated code subtracts b times a rounded quotient."""
+    if not torch.result_type(a, b).is_floating_point:
+        return NotImplemented
+    left = torch.fmod(a, b) if isinstance(a, Tensor) else torch.fmod(torch.full_like(b, a), b)
+    return torch.where((left != 0) & ((left < 0) ^ (b < 0)), left + b, left)
+
+
 def cross_entropy_of_logits(logits: Tensor, target: Tensor) -> Tensor:
     """The binary cross entropy of each element, as torch computes it."""
     log_sigmoid = logits.clamp(max=0) - log_one_plus((-logits.abs()).exp())
