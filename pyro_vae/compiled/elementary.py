@@ -3,8 +3,9 @@
 The vector library that TorchInductor calls is right to one unit of the last place of float32, and
 takes several times as long as a quotient of polynomials that is right to two or four. A sigmoid and
 a cross entropy of the same logits share their exponential. What is of less than float32 is computed
-in float32 and rounded once, as torch does. What is wrong there is differences: of a small argument
-(artanh, the error function), or near one (its inverse), they leave nothing.
+in float32 and rounded once, as torch does. Wrong is what is a small difference, of which nothing is
+left: artanh and the error function of small arguments, its inverse near one, and what a division
+leaves.
 """
 
 from __future__ import annotations
