@@ -24,6 +24,8 @@ from pyro_vae.errors import CompileError
 aten = torch.ops.aten
 # torch would compare with uniforms in float32, which are other draws than eager's in float64
 _DRAWN_WHOLE = (aten.bernoulli.default, aten.bernoulli.p)
+_DIVISIONS = (aten.div.Tensor_mode, aten.div.Scalar_mode)
+_REMAINDERS = (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
 
 
 def resolve(backend: str | Backend, objective: Any = None) -> Backend:
@@ -164,16 +166,10 @@ def _decomposing(on_cpu: bool) -> Iterator[None]:
     before = dict(decompositions)
     for operation in _DRAWN_WHOLE:
         decompositions.pop(operation, None)
-    for operation in (aten.div.Tensor_mode, aten.div.Scalar_mode):
-        decompositions[operation] = divide_and_round
+    decompositions |= dict.fromkeys(_DIVISIONS, divide_and_round)
     if on_cpu:
+        decompositions |= dict.fromkeys(_REMAINDERS, remainder)
         decompositions[aten.expm1.default] = exp_minus_one
-        for operation in (
-            aten.remainder.Tensor,
-            aten.remainder.Scalar,
-            aten.remainder.Scalar_Tensor,
-        ):
-            decompositions[operation] = remainder
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ def make_rows(graph: fx.GraphModule) -> None:
             with graph.graph.inserting_before(node):
                 held = graph.graph.get_attr(name)
             # the program may go on to change its own
-            node.target, node.args, node.kwargs = torch.ops.aten.clone.default, (held,), {}
+            node.target, node.args, node.kwargs = aten.clone.default, (held,), {}
     graph.recompile()
 
 
