@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.compiled import matmul
@@ -132,16 +133,22 @@ def test_each_precision_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
-def test_generated_code_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("worthwhile", "rows", "onednn"), [(float("inf"), 128, 3), (0.0, 129, 0)])
+def test_generated_code_calls_it(
+    worthwhile: float, rows: int, onednn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the three layouts, with a bias and without; and not by way of Python."""
-    monkeypatch.setattr(matmul, "_WORTHWHILE", float("inf"))
-    args = layer(128)
+    sources: list[str] = []
+    monkeypatch.setattr(GraphLowering, "save_output_code", sources.append)
+    monkeypatch.setattr(matmul, "_WORTHWHILE", worthwhile)
+    args = layer(rows)
     compiled = inductor(make_fx(step)(*args), args)
-    with torch.profiler.profile() as profile:
-        found = compiled(*args)
-    called = {event.key for event in profile.key_averages()}
-    assert not any("mm" in name or "pyro_vae" in name for name in called), called
-    for got, expected in zip(found, step(*args), strict=True):
+    (source,) = sources  # of what is found in the cache as well
+    assert source.count("aoti_torch_cpu__linear_pointwise(") == onednn
+    assert source.count("aoti_torch_cpu_mm_out(") == 3 - onednn
+    assert "addmm_out(" not in source
+    assert "pyro_vae.product" not in source
+    for got, expected in zip(compiled(*args), step(*args), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
