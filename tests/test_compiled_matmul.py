@@ -1,6 +1,7 @@
 """Products through oneDNN: the same numbers, in a step's layouts, and only where faster."""
 
 import shutil
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, fx
 from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiled import matmul
+from pyro_vae.compiled import backend, elementary, in_memory, matmul
 from pyro_vae.compiled.backend import inductor
 
 pytestmark = pytest.mark.skipif(not matmul.available(), reason="this PyTorch has no oneDNN")
@@ -150,6 +151,21 @@ def test_generated_code_calls_it(
     assert "pyro_vae.product" not in source
     for got, expected in zip(compiled(*args), step(*args), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", [backend, elementary, in_memory, matmul])
+def test_what_torch_knows_nothing_of_is_part_of_its_cache_key(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which it keeps code on disk, and finds it again: not that of another release of ours."""
+    now = matmul.FasterProducts().uuid()
+    read = matmul.get_hash_for_files
+
+    def edited(files: tuple[str, ...], extra: str = "") -> bytes:
+        return read(files, extra + ("edited" if module.__file__ in files else ""))
+
+    monkeypatch.setattr(matmul, "get_hash_for_files", edited)
+    assert matmul.FasterProducts().uuid() != now
 
 
 def test_its_choices_are_part_of_torchs_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
