@@ -258,6 +258,22 @@ def test_rows_of_numbers_are_those_of_torch(dtype: torch.dtype) -> None:
             torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_times_what_is_not_finite_hides_nothing(dtype: torch.dtype) -> None:
+    def products(x: Tensor) -> tuple[Tensor, ...]:
+        whole = x.isfinite().long()
+        return (
+            0 * x, x * 0, x * False, 0 / x, False / x, 1 - 0 * x, (x * 0).sum(), x.exp().mul_(0),
+            0 * whole, 0 / whole, torch.rsub(x, 1, alpha=0), torch.addcmul(x * 0, x, x, value=0),
+            *torch._foreach_mul([x], 0),
+        )  # fmt: skip
+
+    x = torch.tensor([1.0, 0.0, -2.0, math.nan, math.inf, -math.inf], dtype=dtype)
+    graph = make_fx(products)(x)
+    for found, want in zip(inductor(graph, [x])(x), products(x), strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_gradients_in_generated_code() -> None:
     """Against float64: near one artanh and erfinv make more of an argument's rounding."""
 

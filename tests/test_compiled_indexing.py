@@ -209,6 +209,34 @@ def test_correlations() -> None:
     agree(loss, pv.compile(loss, x, backend="eager"), x)
 
 
+def fill_where_negative(x: Tensor) -> Tensor:
+    y = x.sum() * 2
+    y[y < 0] = 0.5
+    return y
+
+
+def fill_by_data(x: Tensor) -> Tensor:
+    y = x.sum().log()
+    y.data[y.data != y.data] = 0
+    return y
+
+
+def fill_all(x: Tensor) -> Tensor:
+    y = torch.stack([x, 2 * x])
+    y[x.sum() < 0] = x.mean()
+    return y
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("body", [fill_where_negative, fill_by_data, fill_all])
+def test_what_one_truth_value_writes(body: Any, backend: str) -> None:
+    """As Pyro's stable distributions of one number do."""
+    loss = program(body)
+    run = compiled(loss, backend)
+    for x in (X, -X, 3 * X, torch.tensor([0.1, -9.0, 3.0])):
+        agree(loss, run, x)
+
+
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(
     "flow",

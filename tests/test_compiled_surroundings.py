@@ -5,12 +5,21 @@ from functools import cache, partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from compiled_helpers import agree, program, programs
+from compiled_helpers import (
+    agree,
+    assert_same,
+    loss_and_grads,
+    parameters,
+    program,
+    programs,
+)
 from compiled_models import vae
+from pyro.distributions import transforms
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import group
@@ -105,6 +114,45 @@ def test_a_constant_that_hides_is_none_the_worse() -> None:
 
     loss = program(lambda x: (weight * constant() * x).sum())
     agree(loss, compiled(loss), X)
+
+
+class FlowDensity(nn.Module):
+    """A density by a transform that Pyro has remember its last value, by the object."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.TransformedDistribution(base, [self.flow]), obs=x)
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda: transforms.affine_coupling(3, [4]),
+        lambda: transforms.Spline(3, 4),
+        lambda: transforms.affine_autoregressive(3, [4]),
+        lambda: transforms.matrix_exponential(3),
+    ],
+    ids=["coupling", "spline", "autoregressive", "matrix exponential"],
+)
+def test_what_pyros_transforms_remember_of_other_arguments_is_not_used(flow: Any) -> None:
+    loss = pv.ELBO("monte_carlo")(
+        FlowDensity(flow()), lambda x: pyro.sample("z", dist.Normal(0.0, 1.0))
+    )
+    run = pv.compile(loss, backend="eager")
+    for seed in range(3):
+        x = torch.randn(5, 3)
+        wanted = loss_and_grads(loss, (x.clone(),), parameters(loss), seed)
+        assert_same(loss_and_grads(run, (x,), parameters(loss), seed), wanted, 1e-10)
+        with torch.no_grad():
+            for parameter in loss.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    assert programs(run) == 1
 
 
 def test_hooks_on_what_autograd_saves_stay_out() -> None:

@@ -174,6 +174,9 @@ _ANSWERS: dict[tuple[Any, str, str], Callable[..., Any]] = {
     (Tensor.__bool__, *SPLINE): lambda _: True,  # an assertion
     (Tensor.__bool__, "pyro_vae.programs", "equal"): _alike,
     (Tensor.__bool__, "pyro.util", "warn_if_nan"): lambda _: False,
+    # distributions that check or warn as they are made
+    (Tensor.__bool__, "pyro.distributions.sine_skewed", "__init__"): lambda _: False,
+    (Tensor.__bool__, "torch.distributions.wishart", "__init__"): lambda _: False,
     # distributions made with validate_args=True
     (Tensor.__bool__, "torch.distributions.distribution", "__init__"): lambda _: True,
     (Tensor.__bool__, "torch.distributions.distribution", "_validate_sample"): lambda _: True,

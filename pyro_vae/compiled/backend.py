@@ -72,6 +72,7 @@ def inductor(
         from pyro_vae.compiled.draws import draw_at_once
         from pyro_vae.compiled.elementary import approximate
         from pyro_vae.compiled.rows import make_rows
+        from pyro_vae.compiled.zeros import ZerosAsFloats
 
         make_rows(graph)
         draw_at_once(graph)
@@ -90,6 +91,7 @@ def inductor(
         options["unsafe_marked_cacheable_functions"] = _own_functions()
         if not vectorized:
             options["cpp.simdlen"] = 1
+        options["joint_custom_pre_pass"] = ZerosAsFloats()
         options["post_grad_custom_post_pass"] = matmul.FasterProducts()
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value
         mode = FakeTensorMode(shape_env=ShapeEnv())

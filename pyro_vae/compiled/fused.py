@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from pyro_vae.compiled.program import Backend, Program, Results
 from pyro_vae.errors import CompileError, PyroVAEError
 from pyro_vae.seeding import generators_put_back
 
+aten = torch.ops.aten
 logger = logging.getLogger("pyro_vae")
 
 # a computation: tensors, the loss first, and a static rest that may differ by kind of arguments
@@ -133,14 +133,21 @@ class Fused:
             leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
             for leaf in leaves
         ]
-        by_position = isinstance(structure, int)
-        args, kwargs = (own, {}) if by_position else tree_unflatten(own, structure)
         count = sum(map(len, self._programs.values())) + 1
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in own if isinstance(leaf, Tensor))
         _tell(
             f"compiling for arguments of shape {shapes}: once, which may take a minute or more ..."
         )
-        run = partial(self._computation, *args, **kwargs)
+
+        def run() -> tuple[Sequence[Tensor], Any]:
+            # as a loop of one's own hands over another object at every step, which the caches of
+            # Pyro's transforms go by
+            new = [aten.alias(leaf) if isinstance(leaf, Tensor) else leaf for leaf in own]
+            if isinstance(structure, int):  # by position
+                return self._computation(*new)
+            args, kwargs = tree_unflatten(new, structure)
+            return self._computation(*args, **kwargs)
+
         tensors = [leaf for leaf in own if isinstance(leaf, Tensor)]
         try:
             with _alone():

@@ -30,6 +30,14 @@ def get(tensor: Tensor, index: Any) -> Tensor:
     return tensor[tuple(spread)]
 
 
+def put(tensor: Tensor, index: Any, value: Any) -> None:
+    """`tensor[index] = value`, by a choice where the index says all or nothing; torch would ask
+    which."""
+    if isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() == 0:
+        index, value = ..., torch.where(index, value, tensor)
+    tensor[index] = value
+
+
 def is_mask(part: Any) -> bool:
     """Whether an index is of booleans, as many as there are numbers."""
     if isinstance(part, list):
@@ -101,6 +109,7 @@ def _number(tensor: Tensor) -> int:
 
 REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: get,
+    Tensor.__setitem__: put,
     Tensor.__index__: _number,
     Tensor.masked_select: _masked_select,
     torch.masked_select: _masked_select,

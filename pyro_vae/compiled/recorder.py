@@ -75,7 +75,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(value, Tensor):
                 given.add(_memory_of(value))
                 self._note_input(value)
-        if func is aten.as_strided.default and len(args) > 3 and args[0] not in self._made:
+        if (
+            func is aten.as_strided.default
+            and len(args) > 3
+            and _memory_of(args[0]) not in self._memory
+        ):
             raise CompileError(
                 f"{where_now()} cannot be compiled: as_strided with an offset depends on where in "
                 "memory a tensor begins. Leave the offset out, and give it a slice"
