@@ -174,6 +174,10 @@ _ANSWERS: dict[tuple[Any, str, str], Callable[..., Any]] = {
     (Tensor.__bool__, *SPLINE): lambda _: True,  # an assertion
     (Tensor.__bool__, "pyro_vae.programs", "equal"): _alike,
     (Tensor.__bool__, "pyro.util", "warn_if_nan"): lambda _: False,
+    # whether the stability of any is so near to one that it takes the long way, which all may take
+    (Tensor.__bool__, "pyro.distributions.stable", "_standard_stable"): lambda _: True,
+    (Tensor.__bool__, "pyro.infer.reparam.stable", "_safe_shift"): lambda _: True,
+    (Tensor.__bool__, "pyro.infer.reparam.stable", "apply"): lambda _: True,  # an assertion
     # distributions that check or warn as they are made
     (Tensor.__bool__, "pyro.distributions.sine_skewed", "__init__"): lambda _: False,
     (Tensor.__bool__, "torch.distributions.wishart", "__init__"): lambda _: False,

@@ -21,6 +21,8 @@ _BETWEEN = (
     "pyro_vae.compiled.where", "pyro_vae.compiled.answers", "pyro_vae.compiled.indexing",
     "pyro_vae.compiled.recorder",
 )  # fmt: skip
+# whose lines tell why a line of the user's asks for something
+_EXPLAINING = ("/pyro/", "/torch/distributions/", "/torch/nn/")
 
 
 def where(error: Exception) -> str:
@@ -39,13 +41,25 @@ def where_now() -> str:
 
 
 def _describe(stack: Sequence[traceback.FrameSummary]) -> str:
-    """The innermost line that the user wrote; Pyro's or this library's, where there is none."""
+    """The innermost line that the user wrote, and where in Pyro or torch it led to; a line of this
+    library, or of Pyro's, where the user wrote none."""
     for libraries in (("torch", "pyro", "pyro_vae"), ("torch", "pyro_vae/compiled")):
-        for frame in reversed(stack):
+        for i, frame in reversed([*enumerate(stack)]):
             foreign = any(f"/{library}/" in frame.filename for library in libraries)
             if frame.line and not foreign and frame.filename != contextlib.__file__:
-                return f'"{frame.line}" ({frame.filename}, line {frame.lineno}, in {frame.name})'
+                place = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+                return f'"{frame.line}" ({place}{_led_to(stack[i + 1 :])})'
     return "the program"
+
+
+def _led_to(deeper: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line of Pyro's or of torch's modules and distributions, if any."""
+    for frame in reversed(deeper):
+        for library in _EXPLAINING:
+            if library in frame.filename:
+                file = frame.filename[frame.filename.rindex(library) + 1 :]
+                return f"; {file}, line {frame.lineno}"
+    return ""
 
 
 def caller() -> tuple[str, str]:
