@@ -1,4 +1,4 @@
-"""Standard normal draws in a graph."""
+"""Draws in a graph."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_vae.compiled.backend import inductor
 from pyro_vae.compiled.draws import draw_at_once
 
 RANDN = torch.ops.aten.randn.default
@@ -62,3 +64,28 @@ def test_they_are_the_same_draws(
     found = graph(x)
     torch.manual_seed(3)
     assert torch.equal(found, function(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_are_drawn_in_the_order_in_which_tensors_lie(dtype: torch.dtype) -> None:
+    """As layers make them that put the batch first."""
+
+    def masks(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        out = F.linear(x, weight)
+        dropped = F.dropout(out.transpose(0, 1), 0.4)
+        (gradient,) = torch.autograd.grad(dropped.sin().sum(), weight)
+        return (
+            dropped, gradient, torch.empty_like(x.permute(2, 0, 1)).bernoulli_(0.3),
+            torch.empty_like(x[:1]).bernoulli_(0.3), F.alpha_dropout(out.transpose(1, 2), 0.4),
+            torch.empty(6, 8, dtype=dtype)[:, 1:].bernoulli_(0.3), F.dropout(x[0].mT, 0.4),
+        )  # fmt: skip
+
+    x = torch.linspace(-1, 1, 60, dtype=dtype).view(4, 3, 5)
+    weight = torch.linspace(-1, 2, 35, dtype=dtype).view(7, 5).requires_grad_()
+    run = inductor(make_fx(masks)(x, weight), [x, weight])
+    for seed in range(2):
+        torch.manual_seed(seed)
+        wanted = masks(x, weight)
+        torch.manual_seed(seed)
+        for found, want in zip(run(x, weight), wanted, strict=True):
+            torch.testing.assert_close(found, want)

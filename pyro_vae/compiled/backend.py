@@ -69,13 +69,14 @@ def inductor(
 
         from pyro_vae.compiled import convolutions, matmul
         from pyro_vae.compiled.biases import add_up_biases
-        from pyro_vae.compiled.draws import draw_at_once
+        from pyro_vae.compiled.draws import draw_as_it_lies, draw_at_once
         from pyro_vae.compiled.elementary import approximate
         from pyro_vae.compiled.rows import make_rows
         from pyro_vae.compiled.zeros import ZerosAsFloats
 
         make_rows(graph)
         draw_at_once(graph)
+        draw_as_it_lies(graph)
         convolutions.lay_out(graph)
         convolutions.multiply_out(graph)
         add_up_biases(graph)
