@@ -104,6 +104,13 @@ def is_alias(node: fx.Node) -> bool:
     return bool(arguments) and arguments[0].alias_info is not None
 
 
+def root(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows or writes to."""
+    while is_alias(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _sources(values: Iterable[Any]) -> set[fx.Node]:
     """The nodes among these, and all that they are made of."""
     found: set[fx.Node] = set()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_vae.compiled import one_channel
-from pyro_vae.compiled.answers import is_alias, is_in_place
+from pyro_vae.compiled.answers import is_in_place, root
 from pyro_vae.compiled.biases import PRECISE
 from pyro_vae.compiled.in_memory import in_memory
 
@@ -40,11 +40,11 @@ _PRODUCTS: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def lay_out(graph: fx.GraphModule) -> None:
     """Have maps that are about to be flattened in memory; not those that anything writes to, in
     which case maps and flat vector are one."""
-    written = {_root(node) for node in graph.graph.nodes if is_in_place(node)}
+    written = {root(node) for node in graph.graph.nodes if is_in_place(node)}
     shapes = _shapes_of_maps(graph)
     flattened = [
         node for node in graph.graph.nodes
-        if node.target in _FLATTENS and _root(node) not in written
+        if node.target in _FLATTENS and root(node) not in written
     ]  # fmt: skip
     for node in flattened:
         if _merges_channels(node, shapes):
@@ -95,13 +95,6 @@ def _has_channels(maps: Tensor, row: Tensor) -> bool:
         and maps.shape[1] > 1
         and maps.shape[2:].numel() > 1
     )
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """The node whose memory this one shows or writes to."""
-    while is_alias(node):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def multiply_out(graph: fx.GraphModule) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vae.compiled.look import Look
 from pyro_vae.compiled.places import AnyPlace, Moment, same, same_values, stands_for_another
 from pyro_vae.compiled.record import Recording
+from pyro_vae.compiled.sharing import shared
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Inputs:
         recording: of the run that the graph was made of.
         sources: where its inputs come from.
         examples: those that it was made with.
+        written: the numbers of those that it writes to, and that others must not share memory with.
     """
 
     def __init__(
@@ -36,17 +38,20 @@ class Inputs:
         recording: Recording,
         sources: Sequence[Argument | AnyPlace],
         examples: Sequence[Tensor],
+        written: Sequence[int],
     ) -> None:
         self._objects = _Objects(recording)
         self._aside = _Aside(recording)
         self._values = _Values(recording)
         self._look_up = _LookUp(sources, examples)
+        self._written = written
 
     def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor] | None:
         """The inputs, or None if the graph was made for others."""
         if not (self._objects.stand() and self._aside.stand() and self._values.stand()):
             return None
-        return self._look_up(arguments)
+        found = self._look_up(arguments)
+        return None if found is None or shared(found, self._written) else found
 
 
 class _Objects:

@@ -24,6 +24,7 @@ from pyro_vae.compiled.record import (
     rerun,
     without_hooks,
 )
+from pyro_vae.compiled.sharing import refuse_shared, written
 from pyro_vae.compiled.trace import trace
 from pyro_vae.errors import CompileError
 
@@ -79,7 +80,12 @@ class Program:
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         labels = ["an argument" if isinstance(s, Argument) else None for s in used_sources]
         self.obstacle = None if self.device.type == "cpu" else obstacle(graph, labels)
-        self.inputs = Inputs(recording, used_sources, [inputs[i] for i in used])
+        # an update comes last, when all has been read
+        updated = territory.update.written() if territory.update else set()
+        examples = [inputs[i] for i in used]
+        apart = [n for n in written(graph) if id(examples[n]) not in updated]
+        refuse_shared(examples, [getattr(s, "label", "an argument") for s in used_sources], apart)
+        self.inputs = Inputs(recording, used_sources, examples, apart)
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
         found = tensors(territory.places())
         self.static = tree_map_only(
@@ -89,9 +95,9 @@ class Program:
         self._num_outputs = len(recording.outputs)
         traced = time.perf_counter()
         with torch.no_grad(), torch._C._DisableAutocast():  # the graph carries its casts
-            self._call = backend(graph, [inputs[i] for i in used])
+            self._call = backend(graph, examples)
         again = partial(rerun, run, arguments, territory, recording)
-        self._check(recording, [inputs[i] for i in used], territory, again, coarsest(graph))
+        self._check(recording, examples, territory, again, coarsest(graph))
         self.seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
 
     def __call__(self, inputs: list[Tensor]) -> Results:

@@ -281,8 +281,8 @@ def _run(
         replaced = place.get() is not tensor
         if replaced or (recorder.changed(tensor) and tensor not in changes):
             raise (_Replaced if replaced else CompileError)(
-                f"the program changes {place.label} while it runs: only modules' buffers may "
-                "change, in place (register_buffer, and copy_ or add_)"
+                f"the program changes {place.label} while it runs, or what shares its memory: only "
+                "modules' buffers may change, in place (register_buffer, and copy_ or add_)"
             )
         if key in recorder.granted and recorder.changed(tensor):
             raise CompileError(

@@ -120,8 +120,9 @@ class Recorder(TorchDispatchMode):
         if tensor in self._made or memory in self._memory or id(tensor) in self.inputs:
             return
         self.inputs[id(tensor)] = tensor
-        # an inference tensor has no version
-        self._before[id(tensor)] = tensor.clone() if tensor.is_inference() else tensor._version
+        # an inference tensor has no version, and of an argument `.data` may be written to
+        by_value = tensor.is_inference() or id(tensor) in self._arguments
+        self._before[id(tensor)] = tensor.detach().clone() if by_value else tensor._version
         if id(tensor) in self._arguments or tensor.requires_grad:
             self._varying.add(memory)
             self._fixed.pop(memory, None)

@@ -151,6 +151,10 @@ class AdamUpdate:
         groups = self.optimizer.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
+    def written(self) -> set[int]:
+        """The identities of the tensors that a step writes to."""
+        return {id(tensor) for tensor in (*self.parameters(), *self.state)}
+
     def moved(self) -> dict[int, Tensor]:
         """The first moment of each parameter, by the identity of the parameter."""
         return {id(p): self.optimizer.state[p][MOMENTS[0]] for p in self.parameters()}
