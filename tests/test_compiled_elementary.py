@@ -274,6 +274,18 @@ def test_zero_times_what_is_not_finite_hides_nothing(dtype: torch.dtype) -> None
         torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_place_that_is_nan_is_sampled_as_nan() -> None:
+    def sample(maps: Tensor, places: Tensor) -> list[Tensor]:
+        return [F.grid_sample(maps, places, align_corners=False)]
+
+    maps, places = torch.randn(1, 2, 5, 5), torch.rand(1, 3, 3, 2) - 0.5
+    run = inductor(make_fx(sample)(maps, places), [maps, places])
+    places[0, 1, 1] = math.nan
+    (found,), (want,) = run(maps, places), sample(maps, places)
+    assert want.isnan().any()
+    torch.testing.assert_close(found, want, equal_nan=True)
+
+
 def test_gradients_in_generated_code() -> None:
     """Against float64: near one artanh and erfinv make more of an argument's rounding."""
 

@@ -1,5 +1,6 @@
 """Masks that select and numbers that index: by tensors that stay what they are, and by others."""
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.functional as F
 from compiled_helpers import agree, program, programs
 from pyro.distributions import transforms
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
+from pyro_vae.compiled.backend import inductor
 from pyro_vae.errors import CompileError
 
 MASK = torch.tensor([True, False, True])
@@ -181,7 +185,7 @@ def test_a_number_that_is_out_of_bounds(outside: int) -> None:
     loss = program(lambda x: x[number])
     fused = compiled(loss, "inductor")
     number.fill_(outside)
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises(IndexError, match="out of bounds"):
         fused(X)
 
 
@@ -235,6 +239,58 @@ def test_what_one_truth_value_writes(body: Any, backend: str) -> None:
     run = compiled(loss, backend)
     for x in (X, -X, 3 * X, torch.tensor([0.1, -9.0, 3.0])):
         agree(loss, run, x)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")
+class TestBounds:
+    """Of indices that are arguments, and so other ones at a later call."""
+
+    @pytest.mark.parametrize("wrong", [-1, 3, -9])
+    @pytest.mark.parametrize(
+        "take",
+        [
+            lambda x, i: x.index_select(0, i),
+            lambda x, i: x.index_add(0, i, x),
+            lambda x, i: x.gather(0, i),
+            lambda x, i: F.embedding(i, x[:, None]),
+            lambda x, i: F.cross_entropy(x.expand(3, 3), i, reduction="none"),
+        ],
+        ids=["index_select", "index_add", "gather", "embedding", "cross_entropy"],
+    )
+    def test_what_is_beyond_is_an_error(self, take: Any, wrong: int) -> None:
+        x, i = torch.randn(3), torch.tensor([2, 0, 1])
+        run = inductor(make_fx(lambda x, i: [take(x, i)])(x, i), [x, i])
+        torch.testing.assert_close(run(x, i)[0], take(x, i))
+        with pytest.raises((IndexError, RuntimeError)):
+            take(x, torch.tensor([2, wrong, 1]))
+        with pytest.raises(RuntimeError, match="index out of bounds"):
+            run(x, torch.tensor([2, wrong, 1]))
+
+    def test_what_counts_from_the_end_may(self) -> None:
+        def take(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+            return x[i], x.index_fill(0, i, 2.0), x.roll(2), x.flip(0), x.take(i)
+
+        x, i = torch.randn(3), torch.tensor([2, 0, 1])
+        run = inductor(make_fx(take)(x, i), [x, i])
+        for index in (i, torch.tensor([-1, 0, -3])):
+            for found, want in zip(run(x, index), take(x, index), strict=True):
+                torch.testing.assert_close(found, want)
+
+    @pytest.mark.parametrize(
+        "cost",
+        [F.cross_entropy, lambda x, labels: (x - F.one_hot(labels, 4)).square()],
+        ids=["cross_entropy", "one_hot"],
+    )
+    def test_a_class_that_there_is_not(self, cost: Any) -> None:
+        labels = torch.tensor([0, 3, 1])
+        loss = program(lambda x: cost(x.expand(4, 3).T, labels).sum())
+        run = compiled(loss, "inductor")
+        labels.fill_(4)
+        for each in (loss, run):
+            with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|must be smaller"):
+                each(X)
+        labels.fill_(3)
+        agree(loss, run, X)
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])

@@ -22,8 +22,12 @@ from pyro_vae.compiled.program import Backend
 from pyro_vae.errors import CompileError
 
 aten = torch.ops.aten
-# torch would compare with uniforms in float32, which are other draws than eager's in float64
-_DRAWN_WHOLE = (aten.bernoulli.default, aten.bernoulli.p)
+_WHOLE = (
+    # torch would compare with uniforms in float32, which are other draws than eager's in float64
+    aten.bernoulli.default, aten.bernoulli.p,
+    # of a place that is NaN it would make a number
+    aten.grid_sampler_2d.default,
+)  # fmt: skip
 _DIVISIONS = (aten.div.Tensor_mode, aten.div.Scalar_mode)
 _REMAINDERS = (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
 
@@ -156,19 +160,22 @@ def _shims_unmentioned() -> Iterator[None]:
 
 @contextmanager
 def _decomposing(on_cpu: bool) -> Iterator[None]:
-    """Have TorchInductor leave `_DRAWN_WHOLE` alone, take our division that rounds down and, on a
-    CPU, our remainder and our exp(x) - 1, of which it makes others (`elu`).
+    """Have TorchInductor leave `_WHOLE` alone, mind the bounds of indices, take our division that
+    rounds down and, on a CPU, our remainder and our exp(x) - 1, of which it makes others (`elu`).
 
     (A table of our own, handed to `compile_fx`, would be part of the key of torch's cache, which
     cannot hold it.)
     """
     from torch._inductor.decomposition import decompositions
 
+    from pyro_vae.compiled.bounds import COUNTED_FROM_THE_START, from_the_start
     from pyro_vae.compiled.elementary import divide_and_round, exp_minus_one, remainder
 
     before = dict(decompositions)
-    for operation in _DRAWN_WHOLE:
+    for operation in _WHOLE:
         decompositions.pop(operation, None)
+    for operation in COUNTED_FROM_THE_START:
+        decompositions[operation] = from_the_start(before[operation])
     decompositions |= dict.fromkeys(_DIVISIONS, divide_and_round)
     if on_cpu:
         decompositions |= dict.fromkeys(_REMAINDERS, remainder)

@@ -101,9 +101,21 @@ class Program:
         self.seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
 
     def __call__(self, inputs: list[Tensor]) -> Results:
-        """Run the graph on what `inputs` returned."""
-        with torch.no_grad(), torch._C._DisableAutocast():
-            values = self._call(*inputs)
+        """Run the graph on what `inputs` returned.
+
+        Raises:
+            IndexError: an index is out of bounds.
+        """
+        try:
+            with torch.no_grad(), torch._C._DisableAutocast():
+                values = self._call(*inputs)
+        except RuntimeError as error:
+            if "index out of bounds" not in str(error):
+                raise
+            bounds = str(error).rsplit("index out of bounds: ", 1)[-1].splitlines()[0]
+            raise IndexError(
+                f"an index is out of bounds ({bounds}): the eager loss tells in which line"
+            ) from error
         return Results(
             list(values[: self._num_outputs]),
             [inputs[i] for i in self._wanted],

@@ -80,7 +80,7 @@ class InnerLoop:
             return None
         try:
             outside, *found = call.run().outputs
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             return None
         return None if outside.any() else found
 
