@@ -44,6 +44,7 @@ def compiled(loss: nn.Module, backend: str = "eager") -> Any:
         lambda x: x[MASK],
         lambda x: x[~HOLES.isnan()] * HOLES[~HOLES.isnan()],
         lambda x: x.expand(2, 3)[:, MASK],
+        lambda x: x.expand(2, 3).mT[None][torch.ones(1, 3) > 0, LAST],
         lambda x: x.expand(2, 3).masked_select(MASK),
         lambda x: torch.masked_select(x, MASK[:, None]),
         lambda x: x[MASK.nonzero()],
@@ -55,7 +56,8 @@ def compiled(loss: nn.Module, backend: str = "eager") -> Any:
     ],
     ids=[
         "sizes", "list", "array", "beside a slice", "two dimensions", "nothing", "all", "held",
-        "what is not missing", "held, beside a slice", "masked_select", "masked_select, spread",
+        "what is not missing", "held, beside a slice", "two dimensions, beside a number",
+        "masked_select", "masked_select, spread",
         "nonzero", "nonzero as tuple", "argwhere", "where", "where of three", "places in a list",
     ],
 )  # fmt: skip

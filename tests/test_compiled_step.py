@@ -308,6 +308,31 @@ class TestWhatChangesBetweenSteps:
         self.train(svi, twin, its, torch.randn(2, 3))
         same([p.detach() for p in svi.model], [p.detach() for p in twin])
 
+    @pytest.mark.parametrize(("option", "value"), [("eps", 0.5), ("weight_decay", 2.0)])
+    def test_a_number_is_seen_too(self, option: str, value: float) -> None:
+        svi, mine, twin, its = self.start(torch.float64, weight_decay=0.1)
+        self.train(svi, twin, its, torch.randn(3, 3))
+        for optimizer in (mine, its):
+            optimizer.param_groups[0][option] = value
+        self.train(svi, twin, its, torch.randn(3, 3))
+        same([p.detach() for p in svi.model], [p.detach() for p in twin])
+
+    def test_a_norm_that_overflows_where_no_gradient_does(self) -> None:
+        """Clipped by it all would be zero."""
+        weight = nn.Parameter(torch.ones(2))
+        fused = step.fuse_step(
+            lambda x: ([(weight * x).sum()], None), {"weight": nn.ParameterList([weight])},
+            Adam([weight]), backend="eager", gradient_clip=1.0,
+        )  # fmt: skip
+        assert fused is not None
+        for x, finite in ((torch.ones(2), True), (torch.full((2,), 1e200), False)):
+            before = weight.detach().clone()
+            taken = fused(x)
+            assert taken is not None
+            assert taken.outputs[0].isfinite()
+            assert bool(taken.finite) == finite
+            assert torch.equal(weight, before) != finite
+
     def test_a_hook_of_all_optimizers_is_called(self) -> None:
         svi, _, twin, its = self.start(torch.float64)
         self.train(svi, twin, its, torch.randn(2, 3))
