@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiled import backend, bounds, elementary, in_memory, matmul
+from pyro_vae.compiled import backend, conventions, elementary, in_memory, matmul
 from pyro_vae.compiled.backend import inductor
 
 pytestmark = pytest.mark.skipif(not matmul.available(), reason="this PyTorch has no oneDNN")
@@ -153,7 +153,7 @@ def test_generated_code_calls_it(
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("module", [backend, bounds, elementary, in_memory, matmul])
+@pytest.mark.parametrize("module", [backend, conventions, elementary, in_memory, matmul])
 def test_what_torch_knows_nothing_of_is_part_of_its_cache_key(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,10 +73,10 @@ def inductor(
 
         from pyro_vae.compiled import convolutions, matmul
         from pyro_vae.compiled.biases import add_up_biases
+        from pyro_vae.compiled.conventions import Conventions
         from pyro_vae.compiled.draws import draw_as_it_lies, draw_at_once
         from pyro_vae.compiled.elementary import approximate
         from pyro_vae.compiled.rows import make_rows
-        from pyro_vae.compiled.zeros import ZerosAsFloats
 
         make_rows(graph)
         draw_at_once(graph)
@@ -96,7 +96,7 @@ def inductor(
         options["unsafe_marked_cacheable_functions"] = _own_functions()
         if not vectorized:
             options["cpp.simdlen"] = 1
-        options["joint_custom_pre_pass"] = ZerosAsFloats()
+        options["joint_custom_pre_pass"] = Conventions()
         options["post_grad_custom_post_pass"] = matmul.FasterProducts()
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value
         mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -168,13 +168,13 @@ def _decomposing(on_cpu: bool) -> Iterator[None]:
     """
     from torch._inductor.decomposition import decompositions
 
-    from pyro_vae.compiled.bounds import COUNTED_FROM_THE_START, from_the_start
+    from pyro_vae.compiled.conventions import TAKEN_APART, from_the_start
     from pyro_vae.compiled.elementary import divide_and_round, exp_minus_one, remainder
 
     before = dict(decompositions)
     for operation in _WHOLE:
         decompositions.pop(operation, None)
-    for operation in COUNTED_FROM_THE_START:
+    for operation in TAKEN_APART:
         decompositions[operation] = from_the_start(before[operation])
     decompositions |= dict.fromkeys(_DIVISIONS, divide_and_round)
     if on_cpu:

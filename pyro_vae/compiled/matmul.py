@@ -22,7 +22,7 @@ from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.mkldnn_ir import LinearUnary, _create_output_node
 
-from pyro_vae.compiled import backend, bounds, elementary, in_memory
+from pyro_vae.compiled import backend, conventions, elementary, in_memory
 
 # below this many multiplications a call's overhead counts for more than the arithmetic
 _SMALLEST = 1_000_000
@@ -103,7 +103,7 @@ class FasterProducts(CustomGraphPass):
     def uuid(self) -> bytes:
         # with what else of ours torch's key knows nothing of: what an operator becomes, and into
         # what one of torch's is taken apart
-        ours = (backend, bounds, elementary, in_memory)
+        ours = (backend, conventions, elementary, in_memory)
         files = (__file__, *(str(module.__file__) for module in ours))
         return get_hash_for_files(files, f"{torch.get_num_threads()}, {available()}")
 

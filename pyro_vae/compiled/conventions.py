@@ -1,0 +1,71 @@
+"""What torch says of zeros and of indices, where TorchInductor takes something else for granted.
+
+The product with an integer 0, and 0 / x, it takes for 0 whatever the other factor is, which would
+hide a NaN. An index below zero it counts from the end, also where torch counts from the start alone
+(of `gather` and `embedding` it does so before PyTorch 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mul.Tensor, _aten.mul.Scalar)
+# by operation: which of its arguments is the index
+_INDEX = {_aten.gather.default: 2, _aten.embedding.default: 1}
+# those that it takes apart into others, see `from_the_start`
+TAKEN_APART = (_aten.index_select.default, _aten.index_add.default)
+
+
+class Conventions(CustomGraphPass):
+    """Writes the Python 0 in a product of floats as 0.0, and has indices below zero be beyond."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if node.target in _PRODUCTS and not _is_integer(node.meta["val"]):
+                node.args = tuple(_as_float(factor) for factor in node.args)
+            elif node.target in _INDEX:
+                _see_that_it_counts_from_the_start(node, _INDEX[node.target])
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+def from_the_start(decomposition: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same of a tensor, a dimension and an index, of which none below zero is within bounds."""
+
+    @wraps(decomposition)
+    def strict(tensor: Tensor, dim: int, index: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return decomposition(tensor, dim, index & _all_but_sign(index), *rest, **options)
+
+    return strict
+
+
+def _see_that_it_counts_from_the_start(node: fx.Node, position: int) -> None:
+    index: Any = node.args[position]
+    value = index.meta["val"]
+    with node.graph.inserting_before(node):
+        unsigned = node.graph.call_function(
+            _aten.bitwise_and.Scalar, (index, _all_but_sign(value))
+        )  # fmt: skip
+    unsigned.meta["val"] = torch.empty_like(value)
+    node.update_arg(position, unsigned)
+
+
+def _all_but_sign(index: Tensor) -> int:
+    """The bits without which a number below zero is beyond all others."""
+    return torch.iinfo(index.dtype).max
+
+
+def _is_integer(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex())
+
+
+def _as_float(factor: Any) -> Any:
+    return 0.0 if isinstance(factor, int) and factor == 0 else factor
