@@ -89,3 +89,23 @@ def test_masks_are_drawn_in_the_order_in_which_tensors_lie(dtype: torch.dtype) -
         torch.manual_seed(seed)
         for found, want in zip(run(x, weight), wanted, strict=True):
             torch.testing.assert_close(found, want)
+
+
+def test_a_mask_is_drawn_before_it_is_read() -> None:
+    """TorchInductor would have put what attention's weights are made of before the draw."""
+    attention = torch.nn.MultiheadAttention(4, 2, dropout=0.2, batch_first=True).double()
+
+    def attend(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        out, weights = attention(x, x, x)
+        loss = out.sum() + weights.square().sum()
+        return (loss, *torch.autograd.grad(loss, [*attention.parameters()]))
+
+    x = torch.linspace(-1, 1, 40, dtype=torch.float64).view(2, 5, 4)
+    inputs = [x, *attention.parameters()]
+    graph = make_fx(attend)(*inputs)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        wanted = attend(x)
+        torch.manual_seed(seed)
+        for found, want in zip(inductor(graph, inputs)(*inputs), wanted, strict=True):
+            torch.testing.assert_close(found, want)

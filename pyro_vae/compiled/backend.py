@@ -96,6 +96,8 @@ def inductor(
         options["unsafe_marked_cacheable_functions"] = _own_functions()
         if not vectorized:
             options["cpp.simdlen"] = 1
+        # or a mask that is drawn in place may come after what reads it (in attention's weights)
+        options["reorder_for_peak_memory"] = False
         options["joint_custom_pre_pass"] = Conventions()
         options["post_grad_custom_post_pass"] = matmul.FasterProducts()
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value

@@ -93,8 +93,8 @@ class Fused:
             _as_it_reads(leaf) if isinstance(leaf, Tensor) and stands_for_another(leaf) else leaf
             for leaf in leaves
         ]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (structure, *map(_describe, leaves), *_surroundings())
+        tensors = _each_once(leaves)
+        key = (*_described(structure, leaves), *map(_describe, leaves), *_surroundings())
         programs = self._programs.setdefault(key, [])
         for program in programs:
             inputs = program.inputs(tensors)
@@ -128,13 +128,13 @@ class Fused:
             )
 
     def _compile(self, leaves: list[Any], structure: Any) -> Program:
-        # objects of their own, so that an argument is told from a parameter or another argument
-        own = [
-            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ]
+        # objects of their own, so that an argument is told from a parameter
+        own = {
+            id(leaf): leaf.detach().requires_grad_(leaf.requires_grad)
+            for leaf in _each_once(leaves)
+        }
         count = sum(map(len, self._programs.values())) + 1
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in own if isinstance(leaf, Tensor))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in own.values())
         _tell(
             f"compiling for arguments of shape {shapes}: once, which may take a minute or more ..."
         )
@@ -142,16 +142,16 @@ class Fused:
         def run() -> tuple[Sequence[Tensor], Any]:
             # as a loop of one's own hands over another object at every step, which the caches of
             # Pyro's transforms go by
-            new = [aten.alias(leaf) if isinstance(leaf, Tensor) else leaf for leaf in own]
+            new = {key: aten.alias(tensor) for key, tensor in own.items()}
+            handed = [new.get(id(leaf), leaf) for leaf in leaves]
             if isinstance(structure, int):  # by position
-                return self._computation(*new)
-            args, kwargs = tree_unflatten(new, structure)
+                return self._computation(*handed)
+            args, kwargs = tree_unflatten(handed, structure)
             return self._computation(*args, **kwargs)
 
-        tensors = [leaf for leaf in own if isinstance(leaf, Tensor)]
         try:
             with _alone():
-                program = Program(run, tensors, self._territory, self._backend)
+                program = Program(run, [*own.values()], self._territory, self._backend)
         except PyroVAEError:
             raise
         except Exception as error:
@@ -180,6 +180,19 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], A
     if not kwargs and all(type(argument) is Tensor for argument in args):
         return list(args), len(args)
     return tree_flatten((args, kwargs))
+
+
+def _each_once(leaves: list[Any]) -> list[Tensor]:
+    """The tensors among the leaves."""
+    return [*{id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()]
+
+
+def _described(structure: Any, leaves: list[Any]) -> tuple[Any, ...]:
+    """How the arguments hang together, and which are the same tensor."""
+    tensors = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    ties = [*map(tensors.index, tensors)] if len({*tensors}) < len(tensors) else []
+    # as they read, too: keys of dictionaries may be equal, such as 1, 1.0 and True
+    return structure, repr(structure), *ties
 
 
 class Call(NamedTuple):
@@ -282,9 +295,14 @@ class _Differentiable(torch.autograd.Function):
                 "that depends on the parameters. Take a penalty of the gradient of the eager loss"
             )
         gradients = ctx.saved_tensors
-        if scale.device.type != "cpu" or scale.item() != 1.0:
+        if scale.device.type != "cpu" or _is_batched(scale) or scale.item() != 1.0:
             gradients = [gradient * scale for gradient in gradients]
         return None, *gradients
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, as `autograd.grad(..., is_grads_batched=True)` has it."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _as_it_reads(tensor: Tensor) -> Tensor:

@@ -189,5 +189,7 @@ def _is_finite(value: Tensor) -> Tensor:
 
 
 def _kinds(args: tuple[Any, ...]) -> list[Any] | None:
-    """What a graph assumes of the arguments; None where they are not all tensors."""
-    return signatures(args) if all(isinstance(argument, Tensor) for argument in args) else None
+    """What a graph assumes of the arguments; None where they are not all tensors, each another."""
+    if len({*map(id, args)}) < len(args) or not all(isinstance(each, Tensor) for each in args):
+        return None
+    return signatures(args)
