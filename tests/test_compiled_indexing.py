@@ -1,4 +1,5 @@
-"""Masks that select and numbers that index: by tensors that stay what they are, and by others."""
+"""Masks that select, numbers that index, flags that choose: of tensors that stay what they are, and
+of others."""
 
 import shutil
 from typing import Any
@@ -241,6 +242,70 @@ def test_what_one_truth_value_writes(body: Any, backend: str) -> None:
     run = compiled(loss, backend)
     for x in (X, -X, 3 * X, torch.tensor([0.1, -9.0, 3.0])):
         agree(loss, run, x)
+
+
+class Choosing(nn.Module):
+    """Goes one way or the other by a flag that it holds."""
+
+    def __init__(self, counts: bool = False) -> None:
+        super().__init__()
+        self.flag: Tensor
+        self.counts = counts
+        self.register_buffer("flag", torch.tensor(True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x.exp() if self.flag else x.sin()
+        if self.counts:
+            self.flag.logical_not_()
+        return chosen if (torch.arange(3) < 3).all() else 0 * chosen
+
+
+class TestChoices:
+    def test_a_flag_that_is_held_chooses_and_another_value_is_another_program(self) -> None:
+        choosing = Choosing()
+        loss = program(choosing)
+        run = compiled(loss)
+        for flag in (True, False, True):
+            choosing.flag.fill_(flag)
+            agree(loss, run, torch.randn(3))
+        assert programs(run) == 2
+
+    def test_a_flag_that_the_program_changes(self) -> None:
+        with pytest.raises(CompileError, match=r"asks for the values of .*flag, which the program"):
+            compiled(program(Choosing(counts=True)))
+
+    def test_a_choice_by_data_beside_one_by_a_flag(self) -> None:
+        choosing = Choosing()
+        with pytest.raises(CompileError, match=r"if choosing\(x\)\.sum\(\) > 0.*asks for"):
+            compiled(program(lambda x: x if choosing(x).sum() > 0 else 2 * x))
+
+    def test_a_choice_in_a_backward_pass(self) -> None:
+        """Which is recorded no more, and so not to be taken for another's."""
+
+        class Chosen(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
+                return gradient if MASK[0] else 2 * gradient
+
+        choosing = Choosing()
+        with pytest.raises(CompileError, match="asks for the value of a tensor"):
+            compiled(program(lambda x: Chosen.apply(choosing(x) * pyro.param("loc"))))
+
+    def test_attention_asks_whether_its_mask_is_causal(self) -> None:
+        layer = nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0).double()
+        decoder = nn.TransformerDecoder(layer, 1)
+        mask = nn.Transformer.generate_square_subsequent_mask(5).double()
+        loss = program(lambda x: decoder(x, x, tgt_mask=mask))
+        run = pv.compile(loss, backend="eager")
+        for _ in range(2):
+            agree(loss, run, torch.randn(5, 2, 4, dtype=torch.float64))
+        mask[0, 1] = 0.0
+        agree(loss, run, torch.randn(5, 2, 4, dtype=torch.float64))
+        assert programs(run) == 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++")

@@ -7,7 +7,7 @@ others ask for what a graph cannot know, and are refused.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from pyro_vae.compiled.indexing import is_mask
 from pyro_vae.compiled.where import REMEDY, caller, calling_frame, where_now
 from pyro_vae.errors import CompileError
 
+UNKNOWN = "it asks for the value of a tensor, which is known only when the program runs"
+
 
 class Interpreted(TorchFunctionMode):
     """Watches the calls by which values leave a tensor, which a graph cannot follow.
@@ -32,7 +34,14 @@ class Interpreted(TorchFunctionMode):
     Pyro's own losses take numbers out of tensors only to report them: those calls get the detached
     tensor instead. Its warnings about NaN and the validation of distributions are left out, and its
     enumeration sums over values of no probability as well, see `_expectation`.
+
+    Args:
+        chosen: the truth values by which the recorded run chose, all of what does not vary.
     """
+
+    def __init__(self, chosen: Sequence[bool] = ()) -> None:
+        super().__init__()
+        self._chosen = iter(chosen)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ANSWERED:
@@ -41,6 +50,8 @@ class Interpreted(TorchFunctionMode):
                 return answer(*args)
         if func in _REPLACED:
             return _REPLACED[func](*args, **(kwargs or {}))
+        if func is Tensor.__bool__ and (choice := next(self._chosen, None)) is not None:
+            return choice
         if func in _ESCAPES:
             name = getattr(func, "__name__", str(func))
             raise CompileError(
@@ -48,6 +59,11 @@ class Interpreted(TorchFunctionMode):
                 f"torch. {REMEDY}."
             )
         return func(*args, **(kwargs or {}))
+
+
+def is_answered(func: Any) -> bool:
+    """Whether the one who calls this function of a tensor is told something else."""
+    return (func, *caller()) in _ANSWERS
 
 
 def _expectation(probability: Tensor, cost: Tensor) -> Tensor:

@@ -45,9 +45,9 @@ def compile(loss: nn.Module, *example: Any, backend: str | Backend = "inductor")
     pandas, a `ContextVar`, a weak reference). Hand such to the program as an argument. (It is
     refused where it shows: two runs on the same draws must say the same.)
 
-    Where the values of a tensor decide a shape (`x[mask]`) or a place in a list, it must be one
-    that the programs hold and do not change, a buffer or a global, and no parameter. It is compared
-    at every call, and other values are another program.
+    Where the values of a tensor decide a shape (`x[mask]`), a place in a list or a choice (`if
+    self.flag:`), it must be one that the programs hold and do not change, a buffer or a global, and
+    no parameter. It is compared at every call, and other values are another program.
 
     What a program leaves in Python is left when it is compiled and not again: an attribute that
     holds its last draw, or the `weight` that `torch.nn.utils.prune` and the older `weight_norm` and

@@ -71,7 +71,7 @@ class Program:
             return _owned([*(o.detach() for o in outputs), *gradients], like=wanted, inputs=inputs)
 
         with preserved(territory, inputs), without_hooks(inputs):
-            graph = trace(joint, inputs)
+            graph = trace(joint, inputs, recording.chosen)
         used = _prune(graph)
         used_sources = [sources[i] for i in used]
         self.arguments = [n for n, s in enumerate(used_sources) if isinstance(s, Argument)]

@@ -47,7 +47,8 @@ class Recording:
         captured: the tensors it used besides its arguments, and where each is found.
         outputs: what it returned; `gradients` of the first for each of `wanted`, None if unused.
         changed: the tensors that it may change and did, and the values that it gave them.
-        granted: of the captured, those whose values decide a shape or a place in a list.
+        granted: of the captured, those whose values decide a shape, a place in a list or a choice.
+        chosen: the truth values by which it chose, of these and of constants.
         frozen: what else a graph of it takes for granted, and where each is found.
     """
 
@@ -57,6 +58,7 @@ class Recording:
     gradients: list[Tensor | None]
     changed: list[Change]
     granted: list[tuple[Tensor, AnyPlace]]
+    chosen: list[bool]
     frozen: list[tuple[AnyPlace, Any]] = field(default_factory=list)
 
     @property
@@ -254,7 +256,7 @@ def _run(
     """
     known = places.tensors(territory.places())
     before = _foreign_draws(territory)
-    with Recorder(arguments) as recorder, Numbers(recorder):
+    with Recorder(arguments) as recorder, Numbers(recorder) as numbers:
         outputs = list(run()[0])
     if _foreign_draws(territory) != before:
         raise CompileError(
@@ -304,6 +306,7 @@ def _run(
         gradients,
         changes.found(),
         [(tensor, place) for tensor, place in captured if id(tensor) in recorder.granted],
+        numbers.chosen,
     )
 
 

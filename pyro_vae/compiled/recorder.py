@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_vae.compiled.answers import SELECTING
+from pyro_vae.compiled.answers import SELECTING, UNKNOWN, is_answered
 from pyro_vae.compiled.places import same_values
 from pyro_vae.compiled.where import REMEDY, caller, where_now
 from pyro_vae.errors import CompileError
@@ -30,8 +31,8 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         inputs: those tensors, arguments among them, by the identity of the object.
-        granted: the inputs whose values decide a shape (the mask in `x[mask]`) or a place in a
-            list, and a line where they do.
+        granted: the inputs whose values decide a shape (the mask in `x[mask]`), a place in a list
+            or a choice, and a line where they do.
         drawn_on_cpu: a line that does, where there is a GPU as well.
     """
 
@@ -163,20 +164,30 @@ class Recorder(TorchDispatchMode):
 
 
 class Numbers(TorchFunctionMode):
-    """Tells a recorder of the numbers that Python takes out of tensors to find a place in a list.
+    """Tells a recorder of the numbers that Python takes out of tensors to find a place in a list,
+    and of the truth values by which it chooses.
 
     Args:
         recorder: that of the run.
+
+    Attributes:
+        chosen: those truth values, one after the other.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
+        self.chosen: list[bool] = []
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__index__:
             self._recorder.grant(args, "it asks for the value of a tensor, as a Python number")
-        return func(*args, **(kwargs or {}))
+        value = func(*args, **(kwargs or {}))
+        # Pyro validates more than a compiled program does
+        if func is Tensor.__bool__ and not is_validation_enabled() and not is_answered(func):
+            self._recorder.grant(args, UNKNOWN)
+            self.chosen.append(value)
+        return value
 
 
 def _shaping(func: Any, args: Any) -> Sequence[Tensor]:

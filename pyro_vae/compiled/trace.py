@@ -20,16 +20,19 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiled.answers import Interpreted
+from pyro_vae.compiled.answers import UNKNOWN, Interpreted
 from pyro_vae.compiled.where import REMEDY, where
 from pyro_vae.errors import CompileError, PyroVAEError
 
 
-def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
+def trace(
+    function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], chosen: Sequence[bool] = ()
+) -> fx.GraphModule:
     """The operations by which `function` computes its results from `inputs`, as a graph.
 
     Args:
         function: uses the tensors in `inputs`, those objects themselves, and no others.
+        chosen: see `Recording`.
 
     Raises:
         CompileError: the function asks for the value of a tensor (an `if`, `.item()`, `.numpy()`),
@@ -38,7 +41,7 @@ def trace(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     """
 
     def program(*_: Tensor) -> tuple[Tensor, ...]:
-        with Interpreted():
+        with Interpreted(chosen):
             return tuple(function())
 
     # or every tensor would be described to the graph in a world of its own, half of tracing's time
@@ -109,5 +112,5 @@ def _name_once(graph: fx.GraphModule) -> None:
 def _why(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
     if "get value out of a tracing tensor" in text:
-        return "it asks for the value of a tensor, which is known only when the program runs"
+        return UNKNOWN
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
