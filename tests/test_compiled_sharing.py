@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from compiled_helpers import assert_same, loss_and_grads, program, programs
@@ -58,6 +60,30 @@ def test_an_argument_that_is_a_buffer_is_refused_at_any_call(backend: str, view:
         assert torch.equal(module.first, before)
     assert_alike(module, loss, run, X.exp())
     assert programs(run) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_averages_of_batch_norm(backend: str) -> None:
+    """Whose operation does not say that it writes."""
+    norm = nn.BatchNorm1d(3, track_running_stats=True)
+    del norm.num_batches_tracked  # which is written to as well
+    norm.num_batches_tracked = None
+    target = torch.zeros(3)
+
+    def model(x: Tensor, target: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -(norm(x) - target).square().sum())
+
+    def guide(x: Tensor, target: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    run = pv.compile(pv.ELBO("monte_carlo")(model, guide), backend=backend)
+    run(torch.randn(5, 3), target)
+    for shared in (norm.running_mean, norm.running_var):
+        with pytest.raises(CompileError, match=r"shares (its )?memory"):
+            run(torch.randn(5, 3), shared)
+    norm.eval()
+    run(torch.randn(5, 3), norm.running_mean)
 
 
 def test_buffers_that_are_tied_later_are_refused() -> None:

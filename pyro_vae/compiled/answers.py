@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pyro_vae.compiled import indexing
 from pyro_vae.compiled.indexing import is_mask
@@ -95,7 +96,7 @@ def _alike(flag: Tensor) -> bool:
     assert mode is not None
     proxied: Any = get_proxy_slot(flag, mode.tracer)
     comparison = proxied.proxy.node.args[0]
-    changed = _sources(n.args[0] for n in comparison.graph.nodes if is_in_place(n))
+    changed = _sources(chain.from_iterable(map(written_by, comparison.graph.nodes)))
     if changed & _sources(comparison.args) or not _same_node(*comparison.args):
         raise CompileError(
             f"{where_now()} cannot be compiled: whether two scales or masks are the same is known "
@@ -104,9 +105,21 @@ def _alike(flag: Tensor) -> bool:
     return True
 
 
-def is_in_place(node: fx.Node) -> bool:
-    """Whether a node writes to one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments of a node that it writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    # beyond the end of `args` they are given by name, if at all
+    values = {**dict(zip(_names(node.target), node.args, strict=False)), **node.kwargs}
+    written = [
+        values.get(a.name) for a in node.target._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    ]  # fmt: skip
+    return [value for value in tree_leaves(written) if isinstance(value, fx.Node)]
+
+
+def _names(operation: torch._ops.OpOverload) -> list[str]:
+    return [argument.name for argument in operation._schema.arguments]
 
 
 def is_alias(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_vae.compiled import one_channel
-from pyro_vae.compiled.answers import is_in_place, root
+from pyro_vae.compiled.answers import root, written_by
 from pyro_vae.compiled.biases import PRECISE
 from pyro_vae.compiled.in_memory import in_memory
 
@@ -40,7 +40,7 @@ _PRODUCTS: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def lay_out(graph: fx.GraphModule) -> None:
     """Have maps that are about to be flattened in memory; not those that anything writes to, in
     which case maps and flat vector are one."""
-    written = {root(node) for node in graph.graph.nodes if is_in_place(node)}
+    written = {root(each) for node in graph.graph.nodes for each in written_by(node)}
     shapes = _shapes_of_maps(graph)
     flattened = [
         node for node in graph.graph.nodes

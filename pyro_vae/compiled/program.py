@@ -83,7 +83,9 @@ class Program:
         # an update comes last, when all has been read
         updated = territory.update.written() if territory.update else set()
         examples = [inputs[i] for i in used]
-        apart = [n for n in written(graph) if id(examples[n]) not in updated]
+        changed = {id(change.tensor) for change in recording.changed}
+        changed |= {id(examples[n]) for n in written(graph)}
+        apart = [n for n, example in enumerate(examples) if id(example) in changed - updated]
         refuse_shared(examples, [getattr(s, "label", "an argument") for s in used_sources], apart)
         self.inputs = Inputs(recording, used_sources, examples, apart)
         positions = {id(inputs[i]): n for n, i in enumerate(used)}

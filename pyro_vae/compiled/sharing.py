@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
-from pyro_vae.compiled.answers import is_in_place, root
+from pyro_vae.compiled.answers import root, written_by
 from pyro_vae.errors import CompileError
 
 
 def written(graph: fx.GraphModule) -> list[int]:
-    """The numbers of the graph's inputs that it writes to."""
-    roots = {root(node) for node in graph.graph.nodes if is_in_place(node)}
+    """The numbers of the graph's inputs that it writes to, as far as its operations say: batch
+    norm does not."""
+    roots = {root(each) for node in graph.graph.nodes for each in written_by(node)}
     return [n for n, node in enumerate(graph.graph.find_nodes(op="placeholder")) if node in roots]
 
 
