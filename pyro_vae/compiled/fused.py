@@ -20,7 +20,7 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 from pyro_vae import precision
@@ -94,7 +94,7 @@ class Fused:
             for leaf in leaves
         ]
         tensors = _each_once(leaves)
-        key = (*_described(structure, leaves), *map(_describe, leaves), *_surroundings())
+        key = (structure, *map(_describe, leaves), *_surroundings())
         programs = self._programs.setdefault(key, [])
         for program in programs:
             inputs = program.inputs(tensors)
@@ -146,7 +146,7 @@ class Fused:
             handed = [new.get(id(leaf), leaf) for leaf in leaves]
             if isinstance(structure, int):  # by position
                 return self._computation(*handed)
-            args, kwargs = tree_unflatten(handed, structure)
+            args, kwargs = tree_unflatten(handed, structure.tree)
             return self._computation(*args, **kwargs)
 
         try:
@@ -175,24 +175,28 @@ class Fused:
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The leaves of the arguments and how they hang together: of tensors by position their number,
-    which is quickly made and looked up."""
-    if not kwargs and all(type(argument) is Tensor for argument in args):
+    """The leaves of the arguments and how they hang together: of tensors by position, each another,
+    their number, which is quickly made and looked up."""
+    plain = not kwargs and all(type(argument) is Tensor for argument in args)
+    if plain and len({*map(id, args)}) == len(args):
         return list(args), len(args)
-    return tree_flatten((args, kwargs))
+    leaves, tree = tree_flatten((args, kwargs))
+    tensors = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    # as it reads, too: keys of dictionaries may be equal, such as 1, 1.0 and True
+    return leaves, _Structure(tree, repr(tree), tuple(map(tensors.index, tensors)))
+
+
+class _Structure(NamedTuple):
+    """How arguments hang together, and which tensors among them are the same."""
+
+    tree: TreeSpec
+    reading: str
+    ties: tuple[int, ...]
 
 
 def _each_once(leaves: list[Any]) -> list[Tensor]:
     """The tensors among the leaves."""
     return [*{id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()]
-
-
-def _described(structure: Any, leaves: list[Any]) -> tuple[Any, ...]:
-    """How the arguments hang together, and which are the same tensor."""
-    tensors = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-    ties = [*map(tensors.index, tensors)] if len({*tensors}) < len(tensors) else []
-    # as they read, too: keys of dictionaries may be equal, such as 1, 1.0 and True
-    return structure, repr(structure), *ties
 
 
 class Call(NamedTuple):
