@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from compiled_helpers import agree, assert_same, loss_and_grads, program, programs
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Adam
 
 import pyro_vae as pv
 from pyro_vae.compiled.step import fuse_step
+from pyro_vae.errors import CompileError
 
 
 def test_keys_that_are_equal_but_not_the_same() -> None:
@@ -68,3 +70,40 @@ def test_gradients_of_several_factors_at_once() -> None:
     factors = torch.tensor([1.0, 2.0, -3.0])
     (found,) = torch.autograd.grad(run(x), [weight], factors, is_grads_batched=True)
     torch.testing.assert_close(found, factors[:, None] * one)
+
+
+def test_an_argument_is_a_leaf_as_it_was() -> None:
+    loss = program(lambda x: x.sum() * (2 if x.is_leaf else 1) * (3 if x._base is None else 1))
+    run = pv.compile(loss, backend="eager")
+    for wants in (True, False):
+        agree(loss, run, torch.linspace(0, 1, 3).requires_grad_(wants))
+
+
+def test_a_conjugate_handed_over_twice() -> None:
+    loss = program(lambda pair: (pair[0] * pair[1]).real * (2.0 if pair[0] is pair[1] else 1.0))
+    run = pv.compile(loss, backend="eager")
+    x = torch.tensor([1.0 + 2.0j, 0.5j]).conj()
+    for pair in ([x, x], [x, x.clone().conj()]):
+        agree(loss, run, pair)
+
+
+def test_a_write_that_changes_nothing_is_a_write() -> None:
+    with pytest.raises(CompileError, match="changes an argument while it runs"):
+        pv.compile(program(lambda x: x.clamp_(min=0)), torch.ones(3), backend="eager")
+
+
+def test_steps_again_see_a_flag_that_changes_in_between() -> None:
+    weight, flag = nn.Parameter(torch.ones(3)), torch.tensor(False)
+    module = nn.ParameterList([weight])
+    module.register_buffer("flag", flag)
+    step = fuse_step(
+        lambda x: ([(weight * x).sum() * (7.0 if flag else 1.0)], None),
+        {"module": module}, Adam([weight], lr=0.0), backend="eager",
+    )  # fmt: skip
+    assert step is not None
+    for value in (False, True, False):
+        flag.fill_(value)
+        for _ in range(2):
+            taken = step.again(torch.ones(3))
+            assert taken is not None
+            assert taken.outputs[0] == (21 if value else 3)

@@ -234,8 +234,14 @@ def fill_all(x: Tensor) -> Tensor:
     return y
 
 
+def fill_whole_numbers(x: Tensor) -> Tensor:
+    y = (x * 2**58).long() | 1
+    y[x.sum() > 2] = 0.5
+    return ((y & 1) * x).sum()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("body", [fill_where_negative, fill_by_data, fill_all])
+@pytest.mark.parametrize("body", [fill_where_negative, fill_by_data, fill_all, fill_whole_numbers])
 def test_what_one_truth_value_writes(body: Any, backend: str) -> None:
     """As Pyro's stable distributions of one number do."""
     loss = program(body)

@@ -173,9 +173,9 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
             f"{where_now()} cannot be compiled: one_hot() looks for the largest value. Give it "
             "num_classes"
         )
-    # of which a class that there is not is out of bounds
-    rows = torch.eye(num_classes, dtype=torch.long, device=tensor.device)
-    return torch.embedding(rows, tensor)
+    classes = torch.arange(num_classes, device=tensor.device)
+    # looked up, so that a class that there is not is out of bounds
+    return (torch.embedding(classes[:, None], tensor) == classes).long()
 
 
 def _outside(tensor: Tensor, index: Any) -> Tensor:

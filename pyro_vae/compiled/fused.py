@@ -27,10 +27,10 @@ from pyro_vae import precision
 from pyro_vae.compiled.inputs import signature
 from pyro_vae.compiled.places import Territory, stands_for_another
 from pyro_vae.compiled.program import Backend, Program, Results
+from pyro_vae.compiled.record import renew
 from pyro_vae.errors import CompileError, PyroVAEError
 from pyro_vae.seeding import generators_put_back
 
-aten = torch.ops.aten
 logger = logging.getLogger("pyro_vae")
 
 # a computation: tensors, the loss first, and a static rest that may differ by kind of arguments
@@ -89,10 +89,11 @@ class Fused:
                 "autograd"
             )
         leaves, structure = flatten(args, kwargs)
-        leaves = [
-            _as_it_reads(leaf) if isinstance(leaf, Tensor) and stands_for_another(leaf) else leaf
-            for leaf in leaves
-        ]
+        read = {
+            id(leaf): leaf.resolve_conj().resolve_neg()
+            for leaf in leaves if isinstance(leaf, Tensor) and stands_for_another(leaf)
+        }  # fmt: skip
+        leaves = [read.get(id(leaf), leaf) for leaf in leaves] if read else leaves
         tensors = _each_once(leaves)
         key = (structure, *map(_describe, leaves), *_surroundings())
         programs = self._programs.setdefault(key, [])
@@ -128,22 +129,21 @@ class Fused:
             )
 
     def _compile(self, leaves: list[Any], structure: Any) -> Program:
-        # objects of their own, so that an argument is told from a parameter
-        own = {
-            id(leaf): leaf.detach().requires_grad_(leaf.requires_grad)
-            for leaf in _each_once(leaves)
-        }
+        given = _each_once(leaves)
+        position = {id(tensor): n for n, tensor in enumerate(given)}
+        # objects of their own, so that an argument is told from a parameter; see `renew`
+        own = [*given]
+        renew(own)
         count = sum(map(len, self._programs.values())) + 1
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in own.values())
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in own)
         _tell(
             f"compiling for arguments of shape {shapes}: once, which may take a minute or more ..."
         )
 
         def run() -> tuple[Sequence[Tensor], Any]:
-            # as a loop of one's own hands over another object at every step, which the caches of
-            # Pyro's transforms go by
-            new = {key: aten.alias(tensor) for key, tensor in own.items()}
-            handed = [new.get(id(leaf), leaf) for leaf in leaves]
+            handed = [
+                own[position[id(leaf)]] if isinstance(leaf, Tensor) else leaf for leaf in leaves
+            ]
             if isinstance(structure, int):  # by position
                 return self._computation(*handed)
             args, kwargs = tree_unflatten(handed, structure.tree)
@@ -151,7 +151,7 @@ class Fused:
 
         try:
             with _alone():
-                program = Program(run, [*own.values()], self._territory, self._backend)
+                program = Program(run, own, self._territory, self._backend)
         except PyroVAEError:
             raise
         except Exception as error:
@@ -307,10 +307,6 @@ class _Differentiable(torch.autograd.Function):
 def _is_batched(tensor: Tensor) -> bool:
     """Whether it stands for several, as `autograd.grad(..., is_grads_batched=True)` has it."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
-def _as_it_reads(tensor: Tensor) -> Tensor:
-    return tensor.resolve_conj().resolve_neg()
 
 
 def _describe(leaf: Any) -> Any:

@@ -34,7 +34,8 @@ def put(tensor: Tensor, index: Any, value: Any) -> None:
     """`tensor[index] = value`, by a choice where the index says all or nothing; torch would ask
     which."""
     if isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() == 0:
-        index, value = ..., torch.where(index, value, tensor)
+        new = value if isinstance(value, Tensor) else tensor.new_full((), value)
+        index, value = ..., torch.where(index, new.to(tensor.dtype), tensor)
     tensor[index] = value
 
 

@@ -53,6 +53,11 @@ class Inputs:
         found = self._look_up(arguments)
         return None if found is None or shared(found, self._written) else found
 
+    def hold(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the graph may run on these, which it found but for the arguments, as far as
+        changes of tensors in place may tell."""
+        return self._values.stand() and not shared(inputs, self._written)
+
 
 class _Objects:
     """Python's values, and objects of any other kind: everything but tensors."""

@@ -21,6 +21,7 @@ from pyro_vae.compiled.record import (
     gradients_of,
     preserved,
     record,
+    renew,
     rerun,
     without_hooks,
 )
@@ -59,10 +60,13 @@ class Program:
     def __init__(self, run: Run, arguments: list[Tensor], territory: Territory, backend: Backend):
         start = time.perf_counter()
         recording = record(run, arguments, territory)
+        recorded = [*arguments]
+        renew(arguments)
+        new = dict(zip(map(id, recorded), arguments, strict=True))
         inputs = [*arguments, *(t for t, _ in recording.captured)]
         sources = [*map(Argument, range(len(arguments))), *(p for _, p in recording.captured)]
         differentiated = [i for i, g in enumerate(recording.gradients) if g is not None]
-        wanted = [recording.wanted[i] for i in differentiated]
+        wanted = [new.get(id(t), t) for t in map(recording.wanted.__getitem__, differentiated)]
         self.static: Any = None
 
         def joint() -> list[Tensor]:

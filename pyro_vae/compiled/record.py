@@ -67,11 +67,12 @@ class Recording:
         return [gradient for gradient in self.gradients if gradient is not None]
 
 
-def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recording:
+def record(run: Run, arguments: list[Tensor], territory: Territory) -> Recording:
     """Run eagerly until nothing new turns up (parameters made on first use, say) and two runs have
     said the same, and record the last.
 
-    Generators, and the tensors that the program may change, are left as they were. Where Pyro's
+    Each run finds new objects in `arguments`, see `renew`. Generators, and the tensors that the
+    program may change, are left as they were. Where Pyro's
     validation is on, the first run is validated; what is recorded is a run without, as the compiled
     program will be.
 
@@ -118,7 +119,7 @@ def record(run: Run, arguments: Sequence[Tensor], territory: Territory) -> Recor
 
 
 def rerun(
-    run: Run, arguments: Sequence[Tensor], territory: Territory, recording: Recording
+    run: Run, arguments: list[Tensor], territory: Territory, recording: Recording
 ) -> Recording:
     """Record the run once more, its parameters moved by about their rounding.
 
@@ -242,9 +243,18 @@ def _found_modules(territory: Territory, changes: Changes) -> Iterator[None]:
             territory.add(module)
 
 
+def renew(arguments: list[Tensor]) -> None:
+    """Put new objects over the same memory in the place of the arguments.
+
+    As a loop of one's own hands over others at every step. The caches of Pyro's transforms go by
+    the object, and what they hold of one run is not for the next.
+    """
+    arguments[:] = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in arguments]
+
+
 def _run(
     run: Run,
-    arguments: Sequence[Tensor],
+    arguments: list[Tensor],
     territory: Territory,
     changes: Changes,
     made: WeakTensorKeyDictionary,
@@ -254,6 +264,7 @@ def _run(
     Args:
         made: what the runs before made; what this one makes is added.
     """
+    renew(arguments)
     known = places.tensors(territory.places())
     before = _foreign_draws(territory)
     with Recorder(arguments) as recorder, Numbers(recorder) as numbers:

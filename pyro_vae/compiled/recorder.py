@@ -44,12 +44,14 @@ class Recorder(TorchDispatchMode):
         self.granted: dict[int, str] = {}
         self.drawn_on_cpu: str | None = None
         self._arguments = {id(argument) for argument in arguments}
-        self._before: dict[int, int | Tensor] = {}
+        self._before: dict[int, tuple[int | None, Tensor | None]] = {}
         self._made = WeakTensorKeyDictionary()
         self._memory: set[int] = set()  # that operations allocated
         self._varying: set[int] = set()  # that of arguments and parameters
         # that holds what no argument, no parameter and no draw has a part in; and what inputs have
         self._fixed: dict[int, frozenset[int]] = {}
+        for argument in arguments:
+            self._note_input(argument)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -123,7 +125,10 @@ class Recorder(TorchDispatchMode):
         self.inputs[id(tensor)] = tensor
         # an inference tensor has no version, and of an argument `.data` may be written to
         by_value = tensor.is_inference() or id(tensor) in self._arguments
-        self._before[id(tensor)] = tensor.detach().clone() if by_value else tensor._version
+        self._before[id(tensor)] = (
+            None if tensor.is_inference() else tensor._version,
+            tensor.detach().clone() if by_value else None,
+        )
         if id(tensor) in self._arguments or tensor.requires_grad:
             self._varying.add(memory)
             self._fixed.pop(memory, None)
@@ -157,10 +162,10 @@ class Recorder(TorchDispatchMode):
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether this input was changed in place."""
-        before = self._before[id(tensor)]
-        if isinstance(before, Tensor):
-            return not same_values(tensor, before)
-        return tensor._version != before
+        version, values = self._before[id(tensor)]
+        if version is not None and tensor._version != version:
+            return True
+        return values is not None and not same_values(tensor, values)
 
 
 class Numbers(TorchFunctionMode):

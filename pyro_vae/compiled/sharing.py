@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, fx
 
 from pyro_vae.compiled.answers import root, written_by
@@ -24,7 +25,10 @@ def shared(inputs: Sequence[Tensor], written: Sequence[int]) -> list[tuple[int, 
     """The inputs that are written to, each with another that shows some of the same memory."""
     if not written:
         return []
-    pieces = [tensor.untyped_storage()._cdata for tensor in inputs]
+    pieces = [
+        tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+        for tensor in inputs
+    ]
     return [
         (n, m) for n in written if pieces.count(pieces[n]) > 1
         for m, piece in enumerate(pieces)

@@ -141,6 +141,8 @@ class Step:
             return self(*args)
         arguments = (last.numbers, *args)
         call = last.call.given([arguments[i] for i in last.call.program.handed])
+        if not call.program.inputs.hold(call.inputs):
+            return self(*args)
         return self._taken(self._replayed.again(call), call)
 
     def _taken(self, outputs: list[Tensor], call: Call) -> Taken:

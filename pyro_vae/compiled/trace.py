@@ -53,7 +53,6 @@ def trace(
     ):  # fmt: skip
         graph = make_fx(program)(*inputs)
     _check_constants(graph)
-    _name_once(graph)
     return graph
 
 
@@ -99,14 +98,6 @@ def _check_constants(graph: fx.GraphModule) -> None:
                     "found, so that its value would be frozen: pass it as an argument, or make it "
                     "a buffer"
                 )
-
-
-def _name_once(graph: fx.GraphModule) -> None:
-    """Leave out other names of the same tensor."""
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
-        node.replace_all_uses_with(node.args[0])
-        graph.graph.erase_node(node)
-    graph.recompile()
 
 
 def _why(error: Exception) -> str:
