@@ -27,7 +27,6 @@ from pyro_vae import precision
 from pyro_vae.compiled.inputs import signature
 from pyro_vae.compiled.places import Territory, stands_for_another
 from pyro_vae.compiled.program import Backend, Program, Results
-from pyro_vae.compiled.record import renew
 from pyro_vae.errors import CompileError, PyroVAEError
 from pyro_vae.seeding import generators_put_back
 
@@ -131,9 +130,7 @@ class Fused:
     def _compile(self, leaves: list[Any], structure: Any) -> Program:
         given = _each_once(leaves)
         position = {id(tensor): n for n, tensor in enumerate(given)}
-        # objects of their own, so that an argument is told from a parameter; see `renew`
-        own = [*given]
-        renew(own)
+        own = [*given]  # in whose place every run has objects of its own
         count = sum(map(len, self._programs.values())) + 1
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in own)
         _tell(

@@ -84,12 +84,8 @@ class Program:
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         labels = ["an argument" if isinstance(s, Argument) else None for s in used_sources]
         self.obstacle = None if self.device.type == "cpu" else obstacle(graph, labels)
-        # an update comes last, when all has been read
-        updated = territory.update.written() if territory.update else set()
         examples = [inputs[i] for i in used]
-        changed = {id(change.tensor) for change in recording.changed}
-        changed |= {id(examples[n]) for n in written(graph)}
-        apart = [n for n, example in enumerate(examples) if id(example) in changed - updated]
+        apart = _to_be_apart(graph, examples, recording, territory)
         refuse_shared(examples, [getattr(s, "label", "an argument") for s in used_sources], apart)
         self.inputs = Inputs(recording, used_sources, examples, apart)
         positions = {id(inputs[i]): n for n, i in enumerate(used)}
@@ -157,6 +153,18 @@ class Program:
             (*results.outputs, *results.gradients), (*eager.outputs, *eager.found), strict=True
         )
         self.checked = all(bool(comparable(f, e)[1].isfinite().all()) for f, e in pairs)
+
+
+def _to_be_apart(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], recording: Recording, territory: Territory
+) -> list[int]:
+    """The numbers of the inputs that the program writes to while others are still to be read: not
+    those of an update, which comes last."""
+    changed = {id(change.tensor) for change in recording.changed}
+    changed |= {id(inputs[n]) for n in written(graph)}
+    if territory.update is not None:
+        changed -= territory.update.written()
+    return [n for n, tensor in enumerate(inputs) if id(tensor) in changed]
 
 
 def _owned(

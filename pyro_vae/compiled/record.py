@@ -246,8 +246,9 @@ def _found_modules(territory: Territory, changes: Changes) -> Iterator[None]:
 def renew(arguments: list[Tensor]) -> None:
     """Put new objects over the same memory in the place of the arguments.
 
-    As a loop of one's own hands over others at every step. The caches of Pyro's transforms go by
-    the object, and what they hold of one run is not for the next.
+    So an argument is told from a parameter that is handed over; and a loop of one's own, too, hands
+    over others at every step. The caches of Pyro's transforms go by the object, and what they hold
+    of one run is not for the next.
     """
     arguments[:] = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in arguments]
 
