@@ -74,7 +74,7 @@ def inductor(
         from pyro_vae.compiled import convolutions, matmul
         from pyro_vae.compiled.biases import add_up_biases
         from pyro_vae.compiled.conventions import Conventions
-        from pyro_vae.compiled.draws import draw_as_it_lies, draw_at_once
+        from pyro_vae.compiled.draws import InOrder, draw_as_it_lies, draw_at_once
         from pyro_vae.compiled.elementary import approximate
         from pyro_vae.compiled.rows import make_rows
 
@@ -99,6 +99,9 @@ def inductor(
         # or a mask that is drawn in place may come after what reads it (in attention's weights)
         options["reorder_for_peak_memory"] = False
         options["joint_custom_pre_pass"] = Conventions()
+        if torch.__version__ < "2.13":  # which draws in any order
+            options["reorder_for_locality"] = False
+            options["post_grad_custom_pre_pass"] = InOrder()
         options["post_grad_custom_post_pass"] = matmul.FasterProducts()
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value
         mode = FakeTensorMode(shape_env=ShapeEnv())

@@ -1,11 +1,15 @@
-"""Draws as the eager run makes them, in one go."""
+"""Draws as the eager run makes them: in one go, in the same order."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch.utils._ordered_set import OrderedSet
 
 _FILL = torch.ops.aten.normal_.default
 _EMPTY = torch.ops.aten.empty.memory_format
@@ -49,6 +53,24 @@ def draw_as_it_lies(graph: fx.GraphModule) -> None:
         node.replace_all_uses_with(drawn)
         node.replace_input_with(drawn, lying)
     graph.recompile()
+
+
+class InOrder(CustomGraphPass):
+    """Has each draw wait for the one before: they advance the same generator.
+
+    Before PyTorch 2.13 TorchInductor orders by what is computed from what, and by nothing else.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        drawing = [
+            node for node in graph.nodes
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        ]  # fmt: skip
+        after = {later: OrderedSet([draw]) for draw, later in pairwise(drawing)}
+        preserve_node_ordering(graph, after)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
 
 
 def _is_standard(mean: float = 0.0, std: float = 1.0, generator: object = None) -> bool:
