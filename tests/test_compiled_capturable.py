@@ -32,6 +32,21 @@ def test_nothing(function: Callable[..., Tensor], other: Tensor | None) -> None:
     assert found(function, ON, *([] if other is None else [other])) is None
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.linalg.cholesky(x.diag()),
+        lambda x: torch.normal(x, x),
+        lambda x: torch.normal(0.0, x),
+    ],
+    ids=["cholesky", "normal", "normal of a scale"],
+)
+def test_what_checks_values(function: Callable[..., Tensor]) -> None:
+    said = found(function, ON)
+    assert said is not None
+    assert "waits for values of the GPU" in said
+
+
 @pytest.mark.parametrize("argument", [NUMBER, VECTOR])
 def test_an_argument_on_the_cpu(argument: Tensor) -> None:
     """Its value would be that of the capture for ever."""

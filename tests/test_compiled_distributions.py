@@ -65,6 +65,19 @@ def test_stable_distributions_whatever_their_stability(
     assert programs(run) == 1
 
 
+def test_a_covariance_that_is_none_raises_as_it_does_eagerly() -> None:
+    def model(covariance: Tensor) -> None:
+        observed = dist.MultivariateNormal(covariance.new_zeros(2), covariance)
+        pyro.sample("x", observed, obs=covariance.new_ones(2))
+
+    compiled = pv.compile(pv.ELBO()(model, lambda _: None), torch.eye(2))
+    assert compiled(2 * torch.eye(2)).isfinite()
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"minor of order 2 is not positive"
+    ):
+        compiled(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
 def test_an_error_names_the_line_and_what_it_led_to() -> None:
     def body(x: Tensor) -> Tensor:
         return dist.SineBivariateVonMises(x[0], x[1], 1.0, 1 + x[2] ** 2, 0.1).log_prob(x[:2])

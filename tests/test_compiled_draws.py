@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pyro
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import pyro_vae as pv
 from pyro_vae.compiled.backend import inductor
 from pyro_vae.compiled.draws import draw_at_once
+from pyro_vae.errors import CompileError
 
 RANDN = torch.ops.aten.randn.default
 
@@ -89,6 +92,40 @@ def test_masks_are_drawn_in_the_order_in_which_tensors_lie(dtype: torch.dtype) -
         torch.manual_seed(seed)
         for found, want in zip(run(x, weight), wanted, strict=True):
             torch.testing.assert_close(found, want)
+
+
+def test_what_is_drawn_lies_in_rows_however_its_parameters_lie() -> None:
+    def draws(x: Tensor) -> Tensor:
+        rates = x.exp().t()
+        drawn = (
+            torch.poisson(rates), torch.binomial(rates.ceil(), x.t().sigmoid()),
+            torch.bernoulli(x.t().sigmoid()), torch.normal(x.t(), rates), torch.normal(x.t(), 2.0),
+            torch.normal(0.0, rates), torch._standard_gamma(rates), torch._sample_dirichlet(rates),
+            torch.poisson(rates[:, 1:]), torch.poisson(rates[:, :1].expand(4, 6)),
+        )  # fmt: skip
+        return torch.stack([(draw * x.t()[:, : draw.shape[1]]).sum() for draw in drawn])
+
+    x = torch.linspace(-1, 2, 24, dtype=torch.float64).view(6, 4)
+    run = inductor(make_fx(lambda x: (draws(x),))(x), [x])
+    for seed in range(2):
+        torch.manual_seed(seed)
+        wanted, state = draws(x), torch.get_rng_state()
+        torch.manual_seed(seed)
+        torch.testing.assert_close(run(x)[0], wanted)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["uniform_", "normal_"])
+def test_a_draw_into_a_part_with_gaps_is_refused(name: str) -> None:
+    def model(x: Tensor) -> None:
+        noise = torch.zeros(6, 4)
+        getattr(noise[1:], name)()
+        getattr(noise.t(), name)()
+        getattr(noise[:, 1:], name)()
+        pyro.factor("x", (x * noise).sum())
+
+    with pytest.raises(CompileError, match=rf"getattr\(noise\[:, 1:\].*{name} draws into a part"):
+        pv.compile(pv.ELBO()(model, lambda _: None), torch.zeros(4), backend="eager")
 
 
 def test_a_mask_is_drawn_before_it_is_read() -> None:

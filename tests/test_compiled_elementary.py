@@ -169,6 +169,8 @@ def test_exp_minus_one(dtype: torch.dtype) -> None:
 def test_exp_minus_one_of_what_is_not_finite() -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, 1e4, -1e4, 0.0]).float()
     torch.testing.assert_close(elementary.exp_minus_one(x), x.expm1(), equal_nan=True)
+    whole = torch.tensor([-2, 0, 3])
+    torch.testing.assert_close(elementary.exp_minus_one(whole), whole.expm1())
     half = elementary.exp_minus_one(SMALL.bfloat16())
     torch.testing.assert_close(half, SMALL.bfloat16().expm1(), rtol=2**-7, atol=0)
 

@@ -224,7 +224,7 @@ class TestDefaultsOnTheCpu:
 
     def train(self, model: Any, guide: Any, *args: Any, steps: int = STEPS) -> list[float]:
         pyro.set_rng_seed(0)
-        svi = pv.CompiledSVI(model, guide, SGD(trained(model, guide), 1e-3), pv.ELBO())
+        svi = pv.CompiledSVI(model, guide, Adam(trained(model, guide), 1e-3), pv.ELBO())
         return [svi.step(*args) for _ in range(steps)]
 
     def made(self) -> tuple[Any, Any, Tensor]:
@@ -235,6 +235,14 @@ class TestDefaultsOnTheCpu:
     def test_the_weight_of_the_kl_moves(self) -> None:
         model, guide, x = self.made()
         assert all(torch.tensor(self.train(model, guide, x)).isfinite())
+
+    def test_and_it_moves_back(self) -> None:
+        model, guide, x = self.made()
+        objective = pv.ELBO("analytic", kl_weight=0.5)
+        there = objective.loss(model, guide, x)
+        here = objective.loss(model.cpu(), guide.cpu(), x.cpu())
+        assert here == pytest.approx(there)
+        assert objective.kl_weight.device.type == "cpu"
 
     def test_an_argument_whose_rows_lie_apart(self) -> None:
         model, guide, x = self.made()
@@ -252,7 +260,7 @@ class TestDefaultsOnTheCpu:
         def guide(x: Tensor, weight: Tensor) -> None:
             pass
 
-        svi = pv.CompiledSVI(model, guide, SGD([scale], 0.0), pv.ELBO())
+        svi = pv.CompiledSVI(model, guide, Adam([scale], 0.0), pv.ELBO())
         x = torch.ones(3, device=GPU)
         with pytest.warns(UserWarning, match="an argument of shape .* is on the CPU"):
             losses = [svi.step(x, torch.tensor(float(n))) for n in range(STEPS)]
@@ -272,15 +280,17 @@ class TestDefaultsOnTheCpu:
             pv.compile(loss, torch.ones(3, device=GPU))
 
     def test_fit_with_a_gpu_as_the_default(self) -> None:
+        data = binary_data(200)  # drawn on the CPU
         torch.set_default_device(GPU)
         made = small_vae()
-        run = pv.fit(made, binary_data(200), epochs=1, batch_size=20, compile=True, device=GPU)
+        run = pv.fit(made, data, epochs=1, batch_size=20, compile=True, device=GPU)
         assert len(run.metrics) == 1
 
 
 def test_a_failed_capture_leaves_torch_as_it_was() -> None:
     device = torch.device(GPU, 0)
     stream = torch.cuda.current_stream(device)
+    earlier = cuda_graph(lambda: [torch.rand(3, device=device)], device)
 
     def waits() -> list[Tensor]:
         drawn = torch.rand(3, device=device)
@@ -295,3 +305,6 @@ def test_a_failed_capture_leaves_torch_as_it_was() -> None:
     torch.manual_seed(0)
     replay = cuda_graph(lambda: [torch.rand(3, device=device)], device)
     assert torch.equal(replay()[0], first)
+    torch.manual_seed(0)
+    assert torch.equal(earlier()[0], first)
+    assert not torch.equal(earlier()[0], first)

@@ -28,6 +28,8 @@ _WHOLE = (
     # of a place that is NaN it would make a number
     aten.grid_sampler_2d.default,
 )  # fmt: skip
+# it raises, and returns nothing: before PyTorch 2.13 it would be left out
+torch.fx.node.has_side_effect(aten._linalg_check_errors.default)
 _DIVISIONS = (aten.div.Tensor_mode, aten.div.Scalar_mode)
 _REMAINDERS = (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
 
@@ -74,13 +76,19 @@ def inductor(
         from pyro_vae.compiled import convolutions, matmul
         from pyro_vae.compiled.biases import add_up_biases
         from pyro_vae.compiled.conventions import Conventions
-        from pyro_vae.compiled.draws import InOrder, draw_as_it_lies, draw_at_once
+        from pyro_vae.compiled.draws import (
+            InOrder,
+            draw_as_it_lies,
+            draw_at_once,
+            draw_row_by_row,
+        )
         from pyro_vae.compiled.elementary import approximate
         from pyro_vae.compiled.rows import make_rows
 
         make_rows(graph)
         draw_at_once(graph)
         draw_as_it_lies(graph)
+        draw_row_by_row(graph)
         convolutions.lay_out(graph)
         convolutions.multiply_out(graph)
         add_up_biases(graph)
@@ -166,7 +174,7 @@ def _shims_unmentioned() -> Iterator[None]:
 @contextmanager
 def _decomposing(on_cpu: bool) -> Iterator[None]:
     """Have TorchInductor leave `_WHOLE` alone, mind the bounds of indices, take our division that
-    rounds down and, on a CPU, our remainder and our exp(x) - 1, of which it makes others (`elu`).
+    rounds down, our remainder and, on a CPU, our exp(x) - 1, of which it makes others (`elu`).
 
     (A table of our own, handed to `compile_fx`, would be part of the key of torch's cache, which
     cannot hold it.)
@@ -182,8 +190,8 @@ def _decomposing(on_cpu: bool) -> Iterator[None]:
     for operation in TAKEN_APART:
         decompositions[operation] = from_the_start(before[operation])
     decompositions |= dict.fromkeys(_DIVISIONS, divide_and_round)
+    decompositions |= dict.fromkeys(_REMAINDERS, remainder)
     if on_cpu:
-        decompositions |= dict.fromkeys(_REMAINDERS, remainder)
         decompositions[aten.expm1.default] = exp_minus_one
     try:
         yield

@@ -2,6 +2,7 @@
 
 A captured graph repeats what the GPU did. What the CPU did meanwhile happened once, in the capture:
 a number that it read is read no more, and to wait for a copy between the two is not allowed.
+Neither is to look at values of the GPU, as a few operations do to check them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
+
+_CHECKING = (
+    torch.ops.aten._linalg_check_errors.default,
+    torch.ops.aten.normal.Tensor_Tensor,
+    torch.ops.aten.normal.float_Tensor,
+)
 
 
 def obstacle(graph: fx.GraphModule, labels: Sequence[str | None]) -> str | None:
@@ -31,6 +38,8 @@ def obstacle(graph: fx.GraphModule, labels: Sequence[str | None]) -> str | None:
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
+        if node.target in _CHECKING:
+            return f"{node.target} waits for values of the GPU, to check them"
         numbers_do = torch.Tag.pointwise in getattr(node.target, "tags", ())
         for given in node.all_input_nodes:
             taken = _is_on_cpu(given) and not (numbers_do and not given.meta["val"].dim())

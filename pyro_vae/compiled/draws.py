@@ -11,10 +11,24 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
 from torch.utils._ordered_set import OrderedSet
 
+from pyro_vae.compiled.in_memory import in_memory
+
 _FILL = torch.ops.aten.normal_.default
 _EMPTY = torch.ops.aten.empty.memory_format
 _DRAW = torch.ops.aten.randn.default
 _FLIP = torch.ops.aten.bernoulli_.float
+# they return a row after a row however their parameters lie; TorchInductor takes the draws of most
+# to lie as the parameters do
+_OF_PARAMETERS = (
+    torch.ops.aten.poisson.default,
+    torch.ops.aten.binomial.default,
+    torch.ops.aten.bernoulli.default,
+    torch.ops.aten.normal.Tensor_Tensor,
+    torch.ops.aten.normal.Tensor_float,
+    torch.ops.aten.normal.float_Tensor,
+    torch.ops.aten._standard_gamma.default,
+    torch.ops.aten._sample_dirichlet.default,
+)
 
 
 def draw_at_once(graph: fx.GraphModule) -> None:
@@ -52,6 +66,22 @@ def draw_as_it_lies(graph: fx.GraphModule) -> None:
         node.meta["val"] = lying.meta["val"]
         node.replace_all_uses_with(drawn)
         node.replace_input_with(drawn, lying)
+    graph.recompile()
+
+
+def draw_row_by_row(graph: fx.GraphModule) -> None:
+    """Have the parameters of draws lie in memory as the draws do."""
+    for node in graph.graph.nodes:
+        if node.target not in _OF_PARAMETERS:
+            continue
+        for parameter in node.all_input_nodes:
+            value = parameter.meta["val"]
+            if value.is_contiguous():
+                continue
+            with graph.graph.inserting_before(node):
+                lying = graph.graph.call_function(in_memory, (parameter,))
+            lying.meta["val"] = value.contiguous()
+            node.replace_input_with(parameter, lying)
     graph.recompile()
 
 

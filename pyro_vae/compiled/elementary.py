@@ -47,7 +47,7 @@ def _at_least_single(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
 
     @wraps(function)
     def computed(x: Tensor) -> Tensor:
-        return function(x.float() if x.dtype in _LESS_THAN_SINGLE else x).to(x.dtype)
+        return function(x.float()).to(x.dtype) if x.dtype in _LESS_THAN_SINGLE else function(x)
 
     return computed
 
@@ -84,6 +84,7 @@ def sigmoid(x: Tensor) -> Tensor:
 def exp_minus_one(x: Tensor) -> Tensor:
     """exp(x) - 1, to two units of the last place. Generated code takes the difference as it stands,
     which of a small x leaves nothing."""
+    x = x + 0.0  # of whole numbers too
     small = x * _polynomial(_EXPONENTIAL[x.dtype], x)
     return torch.where(x.abs() < 0.5, small, x.exp() - 1)
 

@@ -15,7 +15,11 @@ from torch._inductor.lowering import register_lowering
 
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
 _library.define("in_memory(Tensor value) -> Tensor")
-_library.impl("in_memory", lambda value: value.clone(memory_format=torch.contiguous_format), "CPU")
+_library.impl(
+    "in_memory",
+    lambda value: value.clone(memory_format=torch.contiguous_format),
+    "CompositeExplicitAutograd",
+)
 
 in_memory = torch.ops.pyro_vae.in_memory.default
 

@@ -107,11 +107,15 @@ class Program:
 
         Raises:
             IndexError: an index is out of bounds.
+            torch.linalg.LinAlgError: as the program itself does, of a matrix without a Cholesky
+                factor or an inverse.
         """
         try:
             with torch.no_grad(), torch._C._DisableAutocast():
                 values = self._call(*inputs)
-        except RuntimeError as error:
+        except RuntimeError as error:  # which generated code makes of all
+            if str(error).startswith("linalg."):
+                raise torch.linalg.LinAlgError(str(error).splitlines()[0]) from error
             if "index out of bounds" not in str(error):
                 raise
             bounds = str(error).rsplit("index out of bounds: ", 1)[-1].splitlines()[0]

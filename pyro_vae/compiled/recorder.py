@@ -20,6 +20,8 @@ from pyro_vae.compiled.where import REMEDY, caller, where_now
 from pyro_vae.errors import CompileError
 
 aten = torch.ops.aten
+# torch fills gaps between numbers by other code, which generated code does not follow
+_FILLS = (aten.uniform_.default, aten.normal_.default)
 _BETWEEN_PROCESSES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
@@ -86,6 +88,12 @@ class Recorder(TorchDispatchMode):
             raise CompileError(
                 f"{where_now()} cannot be compiled: as_strided with an offset depends on where in "
                 "memory a tensor begins. Leave the offset out, and give it a slice"
+            )
+        if func in _FILLS and not _is_dense(args[0]):
+            raise CompileError(
+                f"{where_now()} cannot be compiled: {func.overloadpacket.__name__} draws into a "
+                "part of a tensor that does not lie in one piece. Draw a tensor of its own, and "
+                "write that into the part"
             )
         if torch.Tag.dynamic_output_shape in func.tags and caller() not in SELECTING:
             shaping = _shaping(func, args)
@@ -200,6 +208,11 @@ def _shaping(func: Any, args: Any) -> Sequence[Tensor]:
     if func is aten.index.Tensor:
         return [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
     return args[1:] if func is aten.masked_select.default else args[:1]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers lie side by side in memory, in whatever order."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def _memory_of(tensor: Tensor) -> int:

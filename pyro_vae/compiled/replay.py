@@ -119,20 +119,17 @@ def _warn(reason: str) -> None:
 def cuda_graph(function: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
     """Capture a function as a CUDA graph. torch's generators advance from replay to replay."""
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-    stream = torch.cuda.Stream(device)  # torch's own is of the device that it captured on first
     try:
-        with (
-            torch.cuda.device(device),
-            # other threads (of a DataLoader, say) may go on using the GPU meanwhile
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
+        with _capturing(graph, device):
             outputs = function()
     except RuntimeError:
-        # torch leaves its stream current, and its generator in the midst of the capture
+        # torch leaves its stream current, its allocator asking the failed graph, and its generator
+        # in the midst of the capture, which the end of any other gets it out of
+        _FAILED.append(graph)
         with torch.cuda.device(device):
             torch.cuda.set_stream(before)
-            generator = torch.cuda.default_generators[device.index]
-            generator.graphsafe_set_state(generator.clone_state())
+        with _capturing(torch.cuda.CUDAGraph(), device):
+            torch.zeros(1, device=device)
         raise
 
     def replay() -> Outputs:
@@ -140,6 +137,21 @@ def cuda_graph(function: Callable[[], Outputs], device: torch.device) -> Callabl
         return outputs
 
     return replay
+
+
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Capture what the body has the device do."""
+    with (
+        torch.cuda.device(device),
+        # torch's own stream is of the device that it captured on first; other threads (of a
+        # DataLoader, say) may go on using the GPU meanwhile
+        torch.cuda.graph(graph, stream=_side_stream_of(device), capture_error_mode="thread_local"),
+    ):
+        yield
 
 
 @contextmanager

@@ -98,10 +98,11 @@ class ELBO(Objective):
         self._kl_weight.fill_(nonnegative("kl_weight", weight))
 
     def _weight_beside(self, kl: Tensor) -> Tensor:
-        """w as a factor of the KL. It moves to a GPU to stay, where a captured graph reads it."""
-        if kl.is_cuda and self._kl_weight.device != kl.device:
+        """w as a factor of the KL. It moves where the KL is, to stay: a captured graph reads it
+        there."""
+        if self._kl_weight.device != kl.device:
             self._kl_weight = self._kl_weight.to(kl.device)
-        return self._kl_weight.to(kl.device, kl.dtype)
+        return self._kl_weight.to(kl.dtype)
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         pair, run = self._run(model, guide, args, kwargs)
