@@ -72,9 +72,7 @@ def test_a_covariance_that_is_none_raises_as_it_does_eagerly() -> None:
 
     compiled = pv.compile(pv.ELBO()(model, lambda _: None), torch.eye(2))
     assert compiled(2 * torch.eye(2)).isfinite()
-    with pytest.raises(
-        torch.linalg.LinAlgError, match=r"minor of order 2 is not positive"
-    ):
+    with pytest.raises(torch.linalg.LinAlgError, match=r"minor of order 2 is not positive"):
         compiled(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
 
 
