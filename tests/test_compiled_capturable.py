@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiled.capturable import obstacle
+from pyro_vae.compiled.capturable import obstacle, without_raising
 
 ON = torch.ones(3, device="meta")
 NUMBER, VECTOR = torch.tensor(2.0), torch.ones(3)
@@ -69,3 +69,31 @@ def test_what_moves(function: Callable[..., Tensor], other: Tensor, match: str) 
     said = found(function, ON, other)
     assert said is not None
     assert match in said
+
+
+def test_what_fails_is_nan_and_raises_nothing() -> None:
+    """In a batch, the one that fails alone; gradients are those of what has a factor."""
+
+    def compute(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        factor = torch.linalg.cholesky(a)
+        solved = torch.linalg.solve(a, b)
+        values = (factor, torch.linalg.inv(a), solved, torch.linalg.solve(a[0], b[0, :, 0]))
+        (gradient,) = torch.autograd.grad(sum(value.sin().sum() for value in values), a)
+        return (*values, gradient)
+
+    a = torch.tensor([[[2.0, 1.0], [1.0, 3.0]], [[1.0, 0.5], [0.5, 2.0]]], requires_grad=True)
+    b = torch.tensor([[[1.0], [2.0]], [[0.3], [0.4]]])
+    graph = make_fx(compute)(a, b)
+    without_raising(graph)
+    for found, wanted in zip(graph(a, b), compute(a, b), strict=True):
+        assert torch.equal(found, wanted)
+    singular = a.detach().clone()
+    singular[1] = 0.0
+    with pytest.raises(torch.linalg.LinAlgError):
+        compute(singular.requires_grad_(), b)
+    found = graph(singular, b)
+    for value, wanted in zip(found[:-1], compute(a, b), strict=False):
+        if len(value) == len(a) and value.dim() > 1:
+            assert torch.equal(value[0], wanted[0])
+            assert value[1].isnan().all()
+    assert found[-1][1].isnan().all()

@@ -146,6 +146,21 @@ def test_what_is_not_finite_changes_nothing() -> None:
     assert svi.steps(x.expand(STEPS, *x.shape)).isfinite().all()
 
 
+def test_a_matrix_without_a_factor_takes_no_step() -> None:
+    loc = nn.Parameter(torch.zeros(2))
+
+    def model(covariance: Tensor) -> None:
+        pyro.sample("x", dist.MultivariateNormal(loc, covariance), obs=torch.ones(2))
+
+    svi = pv.CompiledSVI(model, lambda _: None, Adam([loc], 0.01), pv.ELBO())
+    covariance = torch.eye(2)
+    svi.steps(covariance.expand(STEPS, 2, 2))
+    before = loc.detach().clone()
+    with pytest.raises(NonFiniteError):
+        svi.step(-covariance)
+    assert torch.equal(loc, before)
+
+
 def test_a_schedule_of_the_kl_weight_captures_nothing_anew() -> None:
     model, guide, (x,) = vae()
     objective = pv.ELBO("analytic")
@@ -239,8 +254,8 @@ class TestDefaultsOnTheCpu:
     def test_and_it_moves_back(self) -> None:
         model, guide, x = self.made()
         objective = pv.ELBO("analytic", kl_weight=0.5)
-        there = objective.loss(model, guide, x)
-        here = objective.loss(model.cpu(), guide.cpu(), x.cpu())
+        there = objective.terms(model, guide, x).kl.item()
+        here = objective.terms(model.cpu(), guide.cpu(), x.cpu()).kl.item()
         assert here == pytest.approx(there)
         assert objective.kl_weight.device.type == "cpu"
 

@@ -1,4 +1,4 @@
-"""What keeps a program on a GPU from being captured as a CUDA graph.
+"""What keeps a program on a GPU from being captured as a CUDA graph, and what need not.
 
 A captured graph repeats what the GPU did. What the CPU did meanwhile happened once, in the capture:
 a number that it read is read no more, and to wait for a copy between the two is not allowed.
@@ -7,6 +7,8 @@ Neither is to look at values of the GPU, as a few operations do to check them.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +16,39 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-_CHECKING = (
-    torch.ops.aten._linalg_check_errors.default,
-    torch.ops.aten.normal.Tensor_Tensor,
-    torch.ops.aten.normal.float_Tensor,
-)
+_aten = torch.ops.aten
+_RAISING = _aten._linalg_check_errors.default
+_CHECKING = (_RAISING, _aten.normal.Tensor_Tensor, _aten.normal.float_Tensor)
+
+
+def without_raising(graph: fx.GraphModule) -> None:
+    """Have factorizations that fail (of what is not positive definite, say) return NaN, in the
+    place of an error that a captured graph cannot raise."""
+    for check in graph.graph.nodes:
+        info: Any = check.args[0] if check.target is _RAISING else None
+        if info is None or info.target is not operator.getitem:
+            continue
+        for value in [*info.args[0].users]:
+            if value.meta["val"].is_floating_point():
+                _be_nan_unless_zero(value, info)
+        graph.graph.erase_node(check)
+    graph.recompile()
+
+
+def _be_nan_unless_zero(value: fx.Node, info: fx.Node) -> None:
+    """Have the matrices or vectors `(..., *own)` of a node be NaN where their `info` `(...)`, which
+    is computed beside them, is not zero."""
+    users = [*value.users]
+    shown, flags = value.meta["val"], info.meta["val"].bool()
+    shape = [*flags.shape, *[1] * (shown.dim() - flags.dim())]
+    graph = value.graph
+    with graph.inserting_before(max(value, info).next):
+        failed = graph.call_function(_aten.ne.Scalar, (info, 0))
+        beside = graph.call_function(_aten.view.default, (failed, shape))
+        instead = graph.call_function(_aten.masked_fill.Scalar, (value, beside, math.nan))
+    failed.meta["val"], beside.meta["val"], instead.meta["val"] = flags, flags.view(shape), shown
+    for user in users:
+        user.replace_input_with(value, instead)
 
 
 def obstacle(graph: fx.GraphModule, labels: Sequence[str | None]) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from pyro_vae.compiled.capturable import obstacle
+from pyro_vae.compiled.capturable import obstacle, without_raising
 from pyro_vae.compiled.guard import check_agreement, check_changes, coarsest, comparable
 from pyro_vae.compiled.inputs import Argument, Inputs
 from pyro_vae.compiled.places import Territory, tensors
@@ -83,6 +83,8 @@ class Program:
         devices = [inputs[i].device for i in used]
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         labels = ["an argument" if isinstance(s, Argument) else None for s in used_sources]
+        if self.device.type != "cpu" and territory.update:  # a step, which will be captured
+            without_raising(graph)
         self.obstacle = None if self.device.type == "cpu" else obstacle(graph, labels)
         examples = [inputs[i] for i in used]
         apart = _to_be_apart(graph, examples, recording, territory)
@@ -114,7 +116,7 @@ class Program:
             with torch.no_grad(), torch._C._DisableAutocast():
                 values = self._call(*inputs)
         except RuntimeError as error:  # which generated code makes of all
-            if str(error).startswith("linalg."):
+            if str(error).startswith(("linalg.", "torch.linalg.")):
                 raise torch.linalg.LinAlgError(str(error).splitlines()[0]) from error
             if "index out of bounds" not in str(error):
                 raise

@@ -131,9 +131,10 @@ class CompiledSVI:
     def steps(self, *args: Tensor) -> Tensor:
         """Take a step on each slice of the arguments, as `jax.lax.scan` does.
 
-        In between nothing else is looked at, and a GPU is not waited for, so a small model's step
-        takes a fraction of `step`'s time. Give as many as there are: the whole shuffled epoch, say,
-        or one batch again and again, without a copy: `svi.steps(x.expand(1000, *x.shape))`.
+        In between nothing else is looked at, and where Adam's update is in the graph a GPU is not
+        waited for, so a small model's step takes a fraction of `step`'s time. Give as many as there
+        are: the whole shuffled epoch, say, or one batch again and again, without a copy:
+        `svi.steps(x.expand(1000, *x.shape))`.
 
         Args:
             args: tensors `(n, ...)`; the i-th step is `step` of their i-th rows.
