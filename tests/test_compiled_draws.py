@@ -115,6 +115,26 @@ def test_what_is_drawn_lies_in_rows_however_its_parameters_lie() -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("drawn", [4, 3])
+def test_rows_in_the_order_of_a_permutation(drawn: int) -> None:
+    """As those who train against a product of marginals draw from it (Kim & Mnih 2018)."""
+
+    def shuffled(x: Tensor) -> tuple[Tensor, ...]:
+        columns = [column[torch.randperm(drawn)] for column in x.unbind(1)]
+        permuted = torch.stack(columns, 1)
+        (gradient,) = torch.autograd.grad(permuted.sin().sum() + x[torch.randperm(4)[:2]].sum(), x)
+        return permuted, gradient
+
+    x = torch.linspace(-1, 1, 8).view(4, 2).requires_grad_()
+    run = inductor(make_fx(shuffled)(x), [x])
+    for seed in range(2):
+        torch.manual_seed(seed)
+        wanted = shuffled(x)
+        torch.manual_seed(seed)
+        for found, want in zip(run(x), wanted, strict=True):
+            torch.testing.assert_close(found, want)
+
+
 @pytest.mark.parametrize("name", ["uniform_", "normal_"])
 def test_a_draw_into_a_part_with_gaps_is_refused(name: str) -> None:
     def model(x: Tensor) -> None:

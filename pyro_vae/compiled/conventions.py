@@ -2,7 +2,8 @@
 
 The product with an integer 0, and 0 / x, it takes for 0 whatever the other factor is, which would
 hide a NaN. An index below zero it counts from the end, also where torch counts from the start alone
-(of `gather` and `embedding` it does so before PyTorch 2.13).
+(of `gather` and `embedding` it does so before PyTorch 2.13). And rows in the order of a permutation
+it looks for with a pattern of its own, which is at fault.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ TAKEN_APART = (_aten.index_select.default, _aten.index_add.default)
 
 
 class Conventions(CustomGraphPass):
-    """Writes the Python 0 in a product of floats as 0.0, and has indices below zero be beyond."""
+    """Writes the Python 0 in a product of floats as 0.0, has indices below zero be beyond, and
+    those of a permutation be taken as they are, within bounds."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
@@ -32,6 +34,8 @@ class Conventions(CustomGraphPass):
                 node.args = tuple(_as_float(factor) for factor in node.args)
             elif node.target in _INDEX:
                 _see_that_it_counts_from_the_start(node, _INDEX[node.target])
+            elif node.target is _aten.index.Tensor and _permutes(*node.args):
+                node.target = _aten._unsafe_index.Tensor
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
@@ -61,6 +65,14 @@ def _see_that_it_counts_from_the_start(node: fx.Node, position: int) -> None:
 def _all_but_sign(index: Tensor) -> int:
     """The bits without which a number below zero is beyond all others."""
     return torch.iinfo(index.dtype).max
+
+
+def _permutes(indexed: Any, indices: Any) -> bool:
+    """Whether the indices are permutations of what there is, or of less."""
+    return all(
+        index is None or (index.target is _aten.randperm.default and index.args[0] <= size)
+        for index, size in zip(indices, indexed.meta["val"].shape, strict=False)
+    )
 
 
 def _is_integer(value: Tensor) -> bool:
