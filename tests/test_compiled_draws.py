@@ -166,3 +166,21 @@ def test_a_mask_is_drawn_before_it_is_read() -> None:
         torch.manual_seed(seed)
         for found, want in zip(inductor(graph, inputs)(*inputs), wanted, strict=True):
             torch.testing.assert_close(found, want)
+
+
+def test_a_mask_of_a_softmax() -> None:
+    """PyTorch 2.11 would have read it as it was before the draw."""
+
+    def compute(z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        dropped = F.dropout(z.softmax(-1), 0.2)
+        loss = (dropped @ weight).log_softmax(-1).sum()
+        return (loss, *torch.autograd.grad(loss, z))
+
+    z = torch.linspace(-1, 2, 28, dtype=torch.float64).view(7, 4).requires_grad_()
+    weight = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6).sin()
+    run = inductor(make_fx(compute)(z, weight), [z, weight])
+    torch.manual_seed(0)
+    wanted = compute(z, weight)
+    torch.manual_seed(0)
+    for found, want in zip(run(z, weight), wanted, strict=True):
+        torch.testing.assert_close(found, want)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -81,6 +81,7 @@ def inductor(
             draw_as_it_lies,
             draw_at_once,
             draw_row_by_row,
+            masks_in_new_memory,
         )
         from pyro_vae.compiled.elementary import approximate
         from pyro_vae.compiled.rows import make_rows
@@ -107,15 +108,19 @@ def inductor(
         # or a mask that is drawn in place may come after what reads it (in attention's weights)
         options["reorder_for_peak_memory"] = False
         options["joint_custom_pre_pass"] = Conventions()
+        drawing: AbstractContextManager[None] = nullcontext()
         if torch.__version__ < "2.13":  # which draws in any order
             options["reorder_for_locality"] = False
             options["post_grad_custom_pre_pass"] = InOrder()
+            drawing = masks_in_new_memory()
         options["post_grad_custom_post_pass"] = matmul.FasterProducts()
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value
         mode = FakeTensorMode(shape_env=ShapeEnv())
         fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
         try:
-            with _decomposing(on_cpu), _shims_unmentioned(), tracing(TracingContext(mode)):
+            with (
+                _decomposing(on_cpu), drawing, _shims_unmentioned(), tracing(TracingContext(mode)),
+            ):  # fmt: skip
                 return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
         except Exception as error:
             said = _said(error)

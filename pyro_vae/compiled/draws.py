@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch._inductor.ir import ExternKernel, FallbackKernel, TensorBox
+from torch._inductor.lowering import lowerings
 from torch.utils._ordered_set import OrderedSet
 
 from pyro_vae.compiled.in_memory import in_memory
@@ -17,6 +21,7 @@ _FILL = torch.ops.aten.normal_.default
 _EMPTY = torch.ops.aten.empty.memory_format
 _DRAW = torch.ops.aten.randn.default
 _FLIP = torch.ops.aten.bernoulli_.float
+_MASK = torch.ops.aten.bernoulli.p
 # they return a row after a row however their parameters lie; TorchInductor takes the draws of most
 # to lie as the parameters do
 _OF_PARAMETERS = (
@@ -101,6 +106,22 @@ class InOrder(CustomGraphPass):
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
+
+
+@contextmanager
+def masks_in_new_memory() -> Iterator[None]:
+    """Have TorchInductor draw each mask into memory of its own. Before PyTorch 2.13 it fills one in
+    place, and may put what reads it before."""
+    before = lowerings[_MASK]
+    lowerings[_MASK] = _draw_mask
+    try:
+        yield
+    finally:
+        lowerings[_MASK] = before
+
+
+def _draw_mask(like: Any, p: float) -> Any:
+    return TensorBox.create(FallbackKernel.create(_MASK, ExternKernel.require_contiguous(like), p))
 
 
 def _is_standard(mean: float = 0.0, std: float = 1.0, generator: object = None) -> bool:
