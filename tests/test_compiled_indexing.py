@@ -2,6 +2,7 @@
 of others."""
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -391,3 +392,43 @@ def test_flows_that_index_by_their_buffers(flow: Any, inverse: bool) -> None:
     loss = program(body)
     loss(X)
     agree(loss, compiled(loss), torch.randn(5, 3))
+
+
+def zeroed(z: Tensor, rows: Tensor) -> Tensor:
+    logs = z.log()
+    logs[z > 3] = 0.0
+    logs[logs.isnan()] = 0.0
+    return logs
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        zeroed,
+        lambda z, rows: z.log().index_fill(0, rows, 0.0),
+        lambda z, rows: z.log().index_copy(0, rows, z[:2]),
+        lambda z, rows: z.log().index_put((rows,), z[:2]),
+        lambda z, rows: z.exp()[0, 0].expand(z.shape).index_put((rows,), z[:2]) * z,
+        lambda z, rows: z.exp()[0, 0].expand(z.shape).select_scatter(z[1], 0, 2) * z,
+        lambda z, rows: z.exp()[0].expand(z.shape).slice_scatter(z[1:3], 0, 2, 4) * z,
+        lambda z, rows: z.exp()[0, 0].expand(4, 4).diagonal_scatter(z[0]) * z[:4],
+    ],
+    ids=["mask", "fill", "copy", "put", "put scalar", "select", "slice", "diagonal"],
+)
+@pytest.mark.parametrize("reduce", [Tensor.sum, lambda t: t.sum(0).exp().sum()])
+def test_gradients_of_what_is_written_over(
+    write: Callable[..., Tensor], reduce: Callable[[Tensor], Tensor]
+) -> None:
+    """That of a sum is one number in memory, and TorchInductor wrote into it."""
+
+    def compute(z: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        loss = reduce(write(z, rows))
+        return (loss, *torch.autograd.grad(loss, z))
+
+    rows = torch.tensor([0, 2])
+    z = torch.linspace(0.5, 2.5, 24, dtype=torch.float64).view(6, 4).requires_grad_()
+    run = inductor(make_fx(compute)(z, rows), [z, rows])
+    for scale in (1.0, 2.0, -1.0):
+        other = (scale * z.detach()).requires_grad_()
+        for found, want in zip(run(other, rows), compute(other, rows), strict=True):
+            torch.testing.assert_close(found, want, equal_nan=True)

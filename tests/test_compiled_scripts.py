@@ -14,6 +14,7 @@ from pyro.infer import (
     Trace_ELBO,
     TraceMeanField_ELBO,
 )
+from pyro.infer.autoguide import AutoDelta
 from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -288,3 +289,40 @@ class TestWhatFailsOnTheWay:
             run = pv.fit(vae, X, compile="auto", **options)
         assert len([w for w in told if "without compiling" in str(w.message)]) == 1
         assert len(run.metrics) == 2
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_guide_that_sets_itself_up_begins_where_it_would(validate: bool) -> None:
+    """At the median of draws from the prior, of which it asks whether it is a number."""
+
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(10.0, 0.1))
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([3]).to_event(1), obs=x)
+
+    found = []
+    for kind in (SVI, pv.CompiledSVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        with pyro.validation_enabled(validate):
+            guide = AutoDelta(model)
+            kind(model, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO()).step(torch.ones(3))
+        found.append(guide.median()["loc"])
+    assert found[0] > 9
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [lambda x: 2.0 if x.sum() > 0 else 3.0, lambda x: x.sum().item(), lambda x: x.tolist()[0]],
+    ids=["if", "item", "tolist"],
+)
+def test_what_is_refused_stays_so_where_the_program_catches_it(choose: Any) -> None:
+    def model(x: Tensor) -> None:
+        try:
+            factor = choose(x)
+        except RuntimeError:
+            factor = 2.0
+        pyro.factor("x", factor * x.sum())
+
+    with pytest.raises(CompileError, match=r"choose\(x\)|if x.sum|item|tolist"):
+        pv.compile(pv.ELBO()(model, lambda _: None), torch.ones(2), backend="eager")

@@ -26,6 +26,7 @@ from pyro_vae.compiled.indexing import is_mask
 from pyro_vae.compiled.where import REMEDY, caller, calling_frame, where_now
 from pyro_vae.errors import CompileError
 
+ASKED = "get value out of a tracing tensor"  # what torch says
 UNKNOWN = "it asks for the value of a tensor, which is known only when the program runs"
 
 
@@ -38,19 +39,31 @@ class Interpreted(TorchFunctionMode):
 
     Args:
         chosen: the truth values by which the recorded run chose, all of what does not vary.
+
+    Attributes:
+        refused: what was refused first. The program may have caught it, and gone another way.
     """
 
     def __init__(self, chosen: Sequence[bool] = ()) -> None:
         super().__init__()
         self._chosen = iter(chosen)
+        self.refused: Exception | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return self._answer(func, args, kwargs or {})
+        except (CompileError, RuntimeError) as error:
+            if isinstance(error, CompileError) or ASKED in str(error):
+                self.refused = self.refused or error
+            raise
+
+    def _answer(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func in _ANSWERED:
             answer = _ANSWERS.get((func, *caller()))
             if answer is not None:
                 return answer(*args)
         if func in _REPLACED:
-            return _REPLACED[func](*args, **(kwargs or {}))
+            return _REPLACED[func](*args, **kwargs)
         if func is Tensor.__bool__ and (choice := next(self._chosen, None)) is not None:
             return choice
         if func in _ESCAPES:
@@ -59,7 +72,7 @@ class Interpreted(TorchFunctionMode):
                 f"{where_now()} cannot be compiled: {name}() takes a tensor's values out of "
                 f"torch. {REMEDY}."
             )
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def is_answered(func: Any) -> bool:

@@ -3,7 +3,9 @@
 The product with an integer 0, and 0 / x, it takes for 0 whatever the other factor is, which would
 hide a NaN. An index below zero it counts from the end, also where torch counts from the start alone
 (of `gather` and `embedding` it does so before PyTorch 2.13). And rows in the order of a permutation
-it looks for with a pattern of its own, which is at fault.
+it looks for with a pattern of its own, which is at fault. What goes into a part of a tensor that
+nothing else reads it writes in place, also where the whole is one number in memory, as the gradient
+of a sum is.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ _aten = torch.ops.aten
 _PRODUCTS = (_aten.mul.Tensor, _aten.mul.Scalar)
 # by operation: which of its arguments is the index
 _INDEX = {_aten.gather.default: 2, _aten.embedding.default: 1}
+_PART = (
+    _aten.index_put.default, _aten._unsafe_index_put.default, _aten.slice_scatter.default,
+    _aten.select_scatter.default, _aten.diagonal_scatter.default, _aten.as_strided_scatter.default,
+)  # fmt: skip
 # those that it takes apart into others, see `from_the_start`
 TAKEN_APART = (_aten.index_select.default, _aten.index_add.default)
 
 
 class Conventions(CustomGraphPass):
-    """Writes the Python 0 in a product of floats as 0.0, has indices below zero be beyond, and
-    those of a permutation be taken as they are, within bounds."""
+    """Writes the Python 0 in a product of floats as 0.0, has indices below zero be beyond, those
+    of a permutation be taken as they are, within bounds, and what is written to have room."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
@@ -36,6 +42,8 @@ class Conventions(CustomGraphPass):
                 _see_that_it_counts_from_the_start(node, _INDEX[node.target])
             elif node.target is _aten.index.Tensor and _permutes(*node.args):
                 node.target = _aten._unsafe_index.Tensor
+            elif node.target in _PART and 0 in node.args[0].meta["val"].stride():
+                _give_room(node)
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
@@ -49,6 +57,17 @@ def from_the_start(decomposition: Callable[..., Tensor]) -> Callable[..., Tensor
         return decomposition(tensor, dim, index & _all_but_sign(index), *rest, **options)
 
     return strict
+
+
+def _give_room(node: fx.Node) -> None:
+    """Have each number of what a node writes to, its first argument, in a place of its own."""
+    whole: Any = node.args[0]
+    with node.graph.inserting_before(node):
+        roomy = node.graph.call_function(
+            _aten.clone.default, (whole,), {"memory_format": torch.contiguous_format}
+        )  # fmt: skip
+    roomy.meta["val"] = whole.meta["val"].clone(memory_format=torch.contiguous_format)
+    node.update_arg(0, roomy)
 
 
 def _see_that_it_counts_from_the_start(node: fx.Node, position: int) -> None:

@@ -7,7 +7,7 @@ import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ def record(run: Run, arguments: list[Tensor], territory: Territory) -> Recording
                 preserved(territory, arguments) as changes,
                 _found_modules(territory, changes),
             ):
-                recording = _run(run, arguments, territory, changes, made)
+                recording = _run(run, arguments, territory, changes, made, previous is not None)
         except _Replaced as error:
             replaced = error
             continue
@@ -259,17 +259,24 @@ def _run(
     territory: Territory,
     changes: Changes,
     made: WeakTensorKeyDictionary,
+    settled: bool = True,
 ) -> Recording:
     """Record a run.
 
     Args:
         made: what the runs before made; what this one makes is added.
+        settled: whether it is to choose as it will. As it makes itself up (an AutoGuide does, at
+            its first call) it may ask for values as it likes.
     """
     renew(arguments)
     known = places.tensors(territory.places())
     before = _foreign_draws(territory)
-    with Recorder(arguments) as recorder, Numbers(recorder) as numbers:
+    recorder = Recorder(arguments)
+    numbers = Numbers(recorder)
+    with recorder, numbers if settled else nullcontext():
         outputs = list(run()[0])
+    if recorder.refused is not None:
+        raise recorder.refused
     if _foreign_draws(territory) != before:
         raise CompileError(
             "the program draws from Python's or numpy's generators, and its draws would be frozen: "

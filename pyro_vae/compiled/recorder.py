@@ -36,6 +36,7 @@ class Recorder(TorchDispatchMode):
         granted: the inputs whose values decide a shape (the mask in `x[mask]`), a place in a list
             or a choice, and a line where they do.
         drawn_on_cpu: a line that does, where there is a GPU as well.
+        refused: what was refused first. The program may have caught it, and gone another way.
     """
 
     supports_higher_order_operators = True  # or torch refuses them, in words of its own
@@ -45,6 +46,7 @@ class Recorder(TorchDispatchMode):
         self.inputs: dict[int, Tensor] = {}
         self.granted: dict[int, str] = {}
         self.drawn_on_cpu: str | None = None
+        self.refused: CompileError | None = None
         self._arguments = {id(argument) for argument in arguments}
         self._before: dict[int, tuple[int | None, Tensor | None]] = {}
         self._made = WeakTensorKeyDictionary()
@@ -58,17 +60,17 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
-            raise CompileError(
+            raise self._refusal(
                 f"{where_now()} cannot be compiled: torch's {func.name()} calls functions that "
                 f"nothing here looks into. {REMEDY}."
             )
         if func.namespace in _BETWEEN_PROCESSES:
-            raise CompileError(
+            raise self._refusal(
                 f"{where_now()} cannot be compiled: it waits for other processes. Have them add up "
                 "the gradients of the compiled loss: DistributedDataParallel(pv.compile(...))"
             )
         if kwargs.get("generator") is not None:
-            raise CompileError(
+            raise self._refusal(
                 f"{where_now()} cannot be compiled: it draws from a generator of its own, which "
                 "would stand still: draw from torch's (torch.manual_seed)"
             )
@@ -85,12 +87,12 @@ class Recorder(TorchDispatchMode):
             and len(args) > 3
             and _memory_of(args[0]) not in self._memory
         ):
-            raise CompileError(
+            raise self._refusal(
                 f"{where_now()} cannot be compiled: as_strided with an offset depends on where in "
                 "memory a tensor begins. Leave the offset out, and give it a slice"
             )
         if func in _FILLS and not _is_dense(args[0]):
-            raise CompileError(
+            raise self._refusal(
                 f"{where_now()} cannot be compiled: {func.overloadpacket.__name__} draws into a "
                 "part of a tensor that does not lie in one piece. Draw a tensor of its own, and "
                 "write that into the part"
@@ -109,6 +111,11 @@ class Recorder(TorchDispatchMode):
                 if _memory_of(value) not in given:
                     self._memory.add(_memory_of(value))
         return out
+
+    def _refusal(self, reason: str) -> CompileError:
+        error = CompileError(reason)
+        self.refused = self.refused or error
+        return error
 
     def kept(self) -> list[Tensor]:
         """Tensors that the run made, and not from constants alone, as far as they are still there;
@@ -153,7 +160,7 @@ class Recorder(TorchDispatchMode):
             self._note_input(tensor)
         memories = [*map(_memory_of, tensors)]
         if not self._fixed.keys() >= set(memories):
-            raise CompileError(f"{where_now()} cannot be compiled: {reason}. {REMEDY}.")
+            raise self._refusal(f"{where_now()} cannot be compiled: {reason}. {REMEDY}.")
         for key in frozenset().union(*map(self._fixed.__getitem__, memories)):
             self.granted.setdefault(key, where_now())
 

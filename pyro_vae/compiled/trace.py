@@ -20,7 +20,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiled.answers import UNKNOWN, Interpreted
+from pyro_vae.compiled.answers import ASKED, UNKNOWN, Interpreted
 from pyro_vae.compiled.where import REMEDY, where
 from pyro_vae.errors import CompileError, PyroVAEError
 
@@ -41,8 +41,11 @@ def trace(
     """
 
     def program(*_: Tensor) -> tuple[Tensor, ...]:
-        with Interpreted(chosen):
-            return tuple(function())
+        with Interpreted(chosen) as answers:
+            found = tuple(function())
+        if answers.refused is not None:
+            raise answers.refused
+        return found
 
     # or every tensor would be described to the graph in a world of its own, half of tracing's time
     described = tracing(TracingContext(FakeTensorMode()))
@@ -102,6 +105,6 @@ def _check_constants(graph: fx.GraphModule) -> None:
 
 def _why(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
-    if "get value out of a tracing tensor" in text:
+    if ASKED in text:
         return UNKNOWN
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
