@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
 from pyro_vae.compiled.backend import inductor
+from pyro_vae.compiled.conventions import as_strided_scatter
 from pyro_vae.errors import CompileError
 
 MASK = torch.tensor([True, False, True])
@@ -432,3 +433,86 @@ def test_gradients_of_what_is_written_over(
         other = (scale * z.detach()).requires_grad_()
         for found, want in zip(run(other, rows), compute(other, rows), strict=True):
             torch.testing.assert_close(found, want, equal_nan=True)
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row": lambda t: t[1],
+    "columns": lambda t: t[:, 1:3],
+    "steps": lambda t: t[::2, ::3],
+    "diagonals": lambda t: t.diagonal(0, 1, 2),
+    "transposed": lambda t: t.transpose(0, 2)[1:4:2],
+    "number": lambda t: t[2, 3, 4],
+    "flat": lambda t: t.as_strided((7,), (7,), 7),
+    "whole": lambda t: t,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_a_part_is_written_by_looking_it_up(part: str, order: tuple[int, ...]) -> None:
+    shape = [(3, 4, 5)[i] for i in order]
+    whole = torch.arange(60.0).view(shape).permute(*np.argsort(order).tolist())
+    view = PARTS[part](whole)
+    values = -torch.rand(view.shape)
+    place = list(view.shape), list(view.stride()), view.storage_offset()
+    found = as_strided_scatter(whole, values, *place)
+    assert torch.equal(found, torch.as_strided_scatter(whole, values, *place))
+
+
+def test_a_part_whose_numbers_interleave_is_left_alone() -> None:
+    part = torch.rand(2, 3)
+    assert as_strided_scatter(torch.rand(9), part, [2, 3], [1, 2], 0) is not NotImplemented
+    assert as_strided_scatter(torch.rand(9), part, [2, 3], [3, 2], 0) is NotImplemented
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t[1].zero_(),
+        lambda t: t[:, 1:3].zero_(),
+        lambda t: t.T[1].copy_(t[:, 0].detach()),
+        lambda t: t.diagonal().zero_(),
+    ],
+    ids=["row", "columns", "column", "diagonal"],
+)
+def test_writes_beside_one_another(write: Callable[[Tensor], Tensor]) -> None:
+    """The gradient of one was read before it was zero where the other had been written over."""
+
+    def compute(a: Tensor, b: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        first = a * 1.0
+        write(first)
+        second = b.sin()
+        second[rows] += b
+        loss = -(first.sum() + second.mean())
+        return (loss, *torch.autograd.grad(loss, [a, b]))
+
+    rows = torch.arange(5)
+    a = (torch.arange(1.0, 21).view(5, 4) / 10).double().requires_grad_()
+    b = (torch.arange(-8.0, 12).view(5, 4) / 4).double().requires_grad_()
+    run = inductor(make_fx(compute)(a, b, rows), [a, b, rows])
+    for found, want in zip(run(a, b, rows), compute(a, b, rows), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_a_row_written_over_beside_an_indexed_write() -> None:
+    a, b = (nn.Parameter(torch.rand(5, 4, dtype=torch.float64)) for _ in range(2))
+
+    def model(x: Tensor, rows: Tensor) -> None:
+        first = a * x
+        first[1] = 0.0
+        second = (b * x).sin()
+        second[rows] += b * x
+        pyro.factor("x", first.sum() + second.mean())
+
+    loss = pv.ELBO()(model, lambda *_: None)
+    rows = torch.arange(5)
+    x = torch.full((5, 4), -0.5, dtype=torch.float64)
+    x[1] = 0.0  # as in padded data, where the gradient is zero either way
+    compiled = pv.compile(loss, x, rows)
+    for scale in (1.0, -2.0):
+        other = scale * (x + 1)
+        wanted = torch.autograd.grad(loss(other, rows), [a, b])
+        for found, want in zip(
+            torch.autograd.grad(compiled(other, rows), [a, b]), wanted, strict=True
+        ):
+            torch.testing.assert_close(found, want)

@@ -186,7 +186,7 @@ def _decomposing(on_cpu: bool) -> Iterator[None]:
     """
     from torch._inductor.decomposition import decompositions
 
-    from pyro_vae.compiled.conventions import TAKEN_APART, from_the_start
+    from pyro_vae.compiled.conventions import TAKEN_APART, as_strided_scatter, from_the_start
     from pyro_vae.compiled.elementary import divide_and_round, exp_minus_one, remainder
 
     before = dict(decompositions)
@@ -194,6 +194,7 @@ def _decomposing(on_cpu: bool) -> Iterator[None]:
         decompositions.pop(operation, None)
     for operation in TAKEN_APART:
         decompositions[operation] = from_the_start(before[operation])
+    decompositions[aten.as_strided_scatter.default] = as_strided_scatter
     decompositions |= dict.fromkeys(_DIVISIONS, divide_and_round)
     decompositions |= dict.fromkeys(_REMAINDERS, remainder)
     if on_cpu:

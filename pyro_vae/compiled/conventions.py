@@ -24,10 +24,37 @@ _PRODUCTS = (_aten.mul.Tensor, _aten.mul.Scalar)
 _INDEX = {_aten.gather.default: 2, _aten.embedding.default: 1}
 _PART = (
     _aten.index_put.default, _aten._unsafe_index_put.default, _aten.slice_scatter.default,
-    _aten.select_scatter.default, _aten.diagonal_scatter.default, _aten.as_strided_scatter.default,
+    _aten.select_scatter.default, _aten.diagonal_scatter.default,
 )  # fmt: skip
 # those that it takes apart into others, see `from_the_start`
 TAKEN_APART = (_aten.index_select.default, _aten.index_add.default)
+
+
+def as_strided_scatter(
+    whole: Tensor, part: Tensor, size: list[int], stride: list[int], offset: int | None = None
+) -> Tensor:
+    """What autograd makes of a part that was written over: each number of the whole is looked up.
+
+    TorchInductor would write the part into a copy, and may have what reads that go before.
+    """
+    order = sorted(range(whole.dim()), key=whole.stride, reverse=True)
+    lying = whole.permute(order)
+    beside = torch.empty(size, device="meta").stride()
+    # from the widest steps to the narrowest, which are to stay within one of the wider
+    dims = sorted((d for d in zip(stride, size, beside, strict=True) if d[1] > 1), reverse=True)
+    reaches = [sum((n - 1) * step for step, n, _ in dims[i:]) for i in range(1, len(dims) + 1)]
+    nested = all(reach < step for reach, (step, *_) in zip(reaches, dims, strict=True))
+    if not (nested and lying.is_contiguous()):
+        return NotImplemented  # leave it as it is
+    rest = torch.arange(whole.numel(), device=whole.device) - (offset or 0)
+    within, place = rest >= 0, torch.zeros_like(rest)
+    for step, count, own in dims:
+        at = rest // step
+        within, place, rest = within & (at < count), place + at * own, rest % step
+    within = within & (rest == 0)
+    found = part.reshape(-1)[torch.where(within, place, 0)]
+    written = torch.where(within, found, lying.reshape(-1)).view(lying.shape)
+    return written.permute(sorted(range(whole.dim()), key=order.__getitem__))
 
 
 class Conventions(CustomGraphPass):
