@@ -395,6 +395,11 @@ def test_flows_that_index_by_their_buffers(flow: Any, inverse: bool) -> None:
     agree(loss, compiled(loss), torch.randn(5, 3))
 
 
+FROM_2_13 = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="PyTorch cannot take it apart: a CompileError"
+)
+
+
 def zeroed(z: Tensor, rows: Tensor) -> Tensor:
     logs = z.log()
     logs[z > 3] = 0.0
@@ -406,8 +411,8 @@ def zeroed(z: Tensor, rows: Tensor) -> Tensor:
     "write",
     [
         zeroed,
-        lambda z, rows: z.log().index_fill(0, rows, 0.0),
-        lambda z, rows: z.log().index_copy(0, rows, z[:2]),
+        pytest.param(lambda z, rows: z.log().index_fill(0, rows, 0.0), marks=FROM_2_13),
+        pytest.param(lambda z, rows: z.log().index_copy(0, rows, z[:2]), marks=FROM_2_13),
         lambda z, rows: z.log().index_put((rows,), z[:2]),
         lambda z, rows: z.exp()[0, 0].expand(z.shape).index_put((rows,), z[:2]) * z,
         lambda z, rows: z.exp()[0, 0].expand(z.shape).select_scatter(z[1], 0, 2) * z,
