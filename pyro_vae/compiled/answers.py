@@ -52,7 +52,7 @@ class Interpreted(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return self._answer(func, args, kwargs or {})
-        except (CompileError, RuntimeError) as error:
+        except RuntimeError as error:  # a CompileError is one
             if isinstance(error, CompileError) or ASKED in str(error):
                 self.refused = self.refused or error
             raise
