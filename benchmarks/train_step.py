@@ -179,7 +179,8 @@ def _run(script: str, **environment: str) -> str:
 def plot(models: dict[str, Any]) -> Figure:
     """Milliseconds a step, a panel a model."""
     figure = Figure(figsize=(9, 1.9 * len(models)), layout="constrained")
-    for axes, (name, result) in zip(figure.subplots(len(models)), models.items(), strict=True):
+    rows = figure.subplots(len(models), squeeze=False)[:, 0]
+    for axes, (name, result) in zip(rows, models.items(), strict=True):
         items = sorted(result["milliseconds"].items(), key=lambda item: -item[1])
         labels, values = zip(*items, strict=True)
         bars = axes.barh(
