@@ -30,6 +30,7 @@ _WHOLE = (
 )  # fmt: skip
 # it raises, and returns nothing: before PyTorch 2.13 it would be left out
 torch.fx.node.has_side_effect(aten._linalg_check_errors.default)
+_DRAWS_IN_ANY_ORDER = torch.__version__ < "2.13"
 _DIVISIONS = (aten.div.Tensor_mode, aten.div.Scalar_mode)
 _REMAINDERS = (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
 
@@ -73,58 +74,70 @@ def inductor(
         warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")
         from torch._inductor.compile_fx import compile_fx
 
-        from pyro_vae.compiled import convolutions, matmul
-        from pyro_vae.compiled.biases import add_up_biases
-        from pyro_vae.compiled.conventions import Conventions
-        from pyro_vae.compiled.draws import (
-            InOrder,
-            draw_as_it_lies,
-            draw_at_once,
-            draw_row_by_row,
-            masks_in_new_memory,
-        )
-        from pyro_vae.compiled.elementary import approximate
-        from pyro_vae.compiled.rows import make_rows
-
-        make_rows(graph)
-        draw_at_once(graph)
-        draw_as_it_lies(graph)
-        draw_row_by_row(graph)
-        convolutions.lay_out(graph)
-        convolutions.multiply_out(graph)
-        add_up_biases(graph)
-        approximate(graph)
-
-        # torch's own generators, so that a compiled run draws what an eager run draws
-        options: dict[str, Any] = {"fallback_random": True}
-        # checked once, against the eager run (`Program`), instead of at every step
-        options |= {"size_asserts": False, "alignment_asserts": False}
-        # on a CPU the calls of the kernels are a good part of a small step: they too in C++, and
-        # what they leave for one another in one piece of memory instead of dozens
-        options["cpp_wrapper"] = options["memory_planning"] = on_cpu
-        options["unsafe_marked_cacheable_functions"] = _own_functions()
-        if not vectorized:
-            options["cpp.simdlen"] = 1
-        # or a mask that is drawn in place may come after what reads it (in attention's weights)
-        options["reorder_for_peak_memory"] = False
-        options["joint_custom_pre_pass"] = Conventions()
-        drawing: AbstractContextManager[None] = nullcontext()
-        if torch.__version__ < "2.13":  # which draws in any order
-            options["reorder_for_locality"] = False
-            options["post_grad_custom_pre_pass"] = InOrder()
-            drawing = masks_in_new_memory()
-        options["post_grad_custom_post_pass"] = matmul.FasterProducts()
+        _prepare(graph)
+        options = _options(on_cpu, vectorized)
         # torch keeps on disk what it compiled for inputs that are known by shape, not by value
         mode = FakeTensorMode(shape_env=ShapeEnv())
         fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
         try:
             with (
-                _decomposing(on_cpu), drawing, _shims_unmentioned(), tracing(TracingContext(mode)),
+                _decomposing(on_cpu), _drawing(), _shims_unmentioned(),
+                tracing(TracingContext(mode)),
             ):  # fmt: skip
                 return compile_fx(graph, fake, config_patches=options)  # type: ignore[return-value]
         except Exception as error:
             said = _said(error)
             raise CompileError(f"TorchInductor cannot compile the program: {said}") from error
+
+
+def _prepare(graph: fx.GraphModule) -> None:
+    """Write the graph as TorchInductor makes the right and the faster code of it."""
+    from pyro_vae.compiled import convolutions, draws
+    from pyro_vae.compiled.biases import add_up_biases
+    from pyro_vae.compiled.elementary import approximate
+    from pyro_vae.compiled.rows import make_rows
+
+    make_rows(graph)
+    draws.draw_at_once(graph)
+    draws.draw_as_it_lies(graph)
+    draws.draw_row_by_row(graph)
+    convolutions.lay_out(graph)
+    convolutions.multiply_out(graph)
+    add_up_biases(graph)
+    approximate(graph)
+
+
+def _options(on_cpu: bool, vectorized: bool) -> dict[str, Any]:
+    """What TorchInductor is told."""
+    from pyro_vae.compiled.conventions import Conventions
+    from pyro_vae.compiled.draws import InOrder
+    from pyro_vae.compiled.matmul import FasterProducts
+
+    # torch's own generators, so that a compiled run draws what an eager run draws
+    options: dict[str, Any] = {"fallback_random": True}
+    # checked once, against the eager run (`Program`), instead of at every step
+    options |= {"size_asserts": False, "alignment_asserts": False}
+    # on a CPU the calls of the kernels are a good part of a small step: they too in C++, and
+    # what they leave for one another in one piece of memory instead of dozens
+    options["cpp_wrapper"] = options["memory_planning"] = on_cpu
+    options["unsafe_marked_cacheable_functions"] = _own_functions()
+    if not vectorized:
+        options["cpp.simdlen"] = 1
+    # or a mask that is drawn in place may come after what reads it (in attention's weights)
+    options["reorder_for_peak_memory"] = False
+    if _DRAWS_IN_ANY_ORDER:
+        options["reorder_for_locality"] = False
+        options["post_grad_custom_pre_pass"] = InOrder()
+    options["joint_custom_pre_pass"] = Conventions()
+    options["post_grad_custom_post_pass"] = FasterProducts()
+    return options
+
+
+def _drawing() -> AbstractContextManager[None]:
+    """See `masks_in_new_memory`; from PyTorch 2.13 on the order of things is kept without."""
+    from pyro_vae.compiled.draws import masks_in_new_memory
+
+    return masks_in_new_memory() if _DRAWS_IN_ANY_ORDER else nullcontext()
 
 
 def _own_functions() -> dict[str, str]:
